@@ -1,0 +1,284 @@
+"""Exact validity and diversity of any chain, from the logits at every prefix of the valid answers; no sampling.
+
+Legend: S settings, n nodes of the trie, A answers. Definition 3.1 of arXiv 2605.11128: ``validity = p(Y in V)``,
+``diversity = exp(H(Y | Y in V)) / |V|`` with the entropy H in nats.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decal.eval.ranked import RankedBlock, RankedRow, moments_of, scales_of
+from decal.eval.trie import TokenTrie
+from decal.samplers.chain import Chain
+from decal.samplers.errors import DecalError
+from decal.samplers.rule import Rule, Step
+
+Rows = Iterable[tuple[Sequence[int], Tensor]]
+"""Blocks of nodes with their next-token logits, (nodes, V)."""
+
+MEMORY = 600_000_000
+"""Bytes of running sums held at a time."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Chains of the same rules in the same order, evaluated together.
+
+    Attributes:
+        rules: the rules, in order.
+        values: for each rule ``{parameter: (S, 1), or (S, n) where every node has its own}``.
+        members: which settings of the whole grid these are.
+    """
+
+    rules: tuple[Rule, ...]
+    values: tuple[Mapping[str, Tensor], ...]
+    members: tuple[int, ...]
+
+    def steps(self, setting: int) -> list[Step]:
+        """The steps of one setting, for its scales; parameters that differ by node stand at the first one's value."""
+        return [
+            Step(rule, {name: float(v[setting, 0]) for name, v in values.items()})
+            for rule, values in zip(self.rules, self.values, strict=True)
+        ]
+
+
+def group(chains: Sequence[Chain]) -> list[Group]:
+    """Arrange chains of plain numbers into groups. Raises DecalError on per-row parameters."""
+    by_rules: dict[tuple[Rule, ...], list[int]] = defaultdict(list)
+    for number, chain in enumerate(chains):
+        if chain.per_row is not None:
+            raise DecalError(f"the evaluator needs one value per parameter, got per-row values in {chain}")
+        by_rules[tuple(step.rule for step in chain.steps)].append(number)
+    return [
+        Group(
+            rules,
+            tuple(
+                {
+                    name: torch.tensor([[chains[m].steps[i].values[name]] for m in members], dtype=torch.float64)
+                    for name in rule.params
+                }
+                for i, rule in enumerate(rules)
+            ),
+            tuple(members),
+        )
+        for rules, members in by_rules.items()
+    ]
+
+
+@dataclass
+class Flow:
+    """Where probability goes at each node, per setting; all (S, n) in float64.
+
+    Attributes:
+        arrive: probability of stepping to a node from its parent; 1 at the root.
+        end: probability, at a node where an answer ends, of ending there.
+        stray: probability of a token that spells on towards an answer but leaves the trie.
+    """
+
+    arrive: Tensor
+    end: Tensor
+    stray: Tensor
+
+    @classmethod
+    def empty(cls, settings: int, trie: TokenTrie) -> Flow:
+        n = len(trie)
+        flow = cls(*(torch.zeros((settings, n), dtype=torch.float64) for _ in range(3)))
+        flow.arrive[:, 0] = 1.0
+        if not trie.ends:
+            flow.end[:, torch.tensor(trie.answer) >= 0] = 1.0
+        return flow
+
+
+@dataclass
+class Outcome:
+    """Exact results of S settings.
+
+    Attributes:
+        answers: (S, A) probability of each answer.
+        validity: (S,) in [0, 1].
+        diversity: (S,) in [1/|V|, 1]; NaN where validity is 0.
+        slack: (S,) at most this much probability went to other tokenisations of valid answers and is missing from validity.
+    """
+
+    answers: np.ndarray
+    validity: np.ndarray
+    diversity: np.ndarray
+    slack: np.ndarray
+
+
+def outcome(trie: TokenTrie, flow: Flow) -> Outcome:
+    """Multiply a flow along the paths of the trie."""
+    mass = flow.arrive.numpy().copy()
+    parent = np.asarray(trie.parent)
+    for level in list(trie.levels())[1:]:
+        mass[:, level] *= mass[:, parent[level]]
+    leaf = np.flatnonzero(np.asarray(trie.answer) >= 0)
+    answers = np.zeros((len(mass), trie.size))
+    np.add.at(answers, (slice(None), np.asarray(trie.answer)[leaf]), mass[:, leaf] * flow.end.numpy()[:, leaf])
+    validity = answers.sum(-1)
+    return Outcome(answers, validity, diversity(answers), (mass * flow.stray.numpy()).sum(-1))
+
+
+def diversity(answers: np.ndarray) -> np.ndarray:
+    """``exp(H) / A`` of each row of unnormalised answer probabilities (S, A), in [1/A, 1]; NaN for rows of zeros."""
+    total = answers.sum(-1, keepdims=True)
+    share = np.divide(answers, total, out=np.zeros_like(answers), where=total > 0)
+    entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(-1)
+    return np.where(total[:, 0] > 0, np.exp(entropy) / answers.shape[1], np.nan)
+
+
+@dataclass
+class Interest:
+    """The tokens whose probability matters: of each, the node it follows and what it leads to.
+
+    ``kind`` is 0 for a step to the node ``to``, 1 for an end, 2 for a stray; ``index`` numbers them within a trie.
+    """
+
+    index: np.ndarray
+    node: np.ndarray
+    token: np.ndarray
+    kind: np.ndarray
+    to: np.ndarray
+
+    @classmethod
+    def of(cls, trie: TokenTrie) -> Interest:
+        entries: list[tuple[int, int, int, int]] = []
+        for node, children in enumerate(trie.children):
+            entries += [(node, token, 0, child) for token, child in children.items()]
+            if trie.answer[node] >= 0:
+                entries += [(node, token, 1, node) for token in trie.ends]
+            entries += [(node, token, 2, node) for token in trie.strays[node]]
+        table = np.asarray(entries, dtype=np.int64).reshape(-1, 4)
+        return cls(np.arange(len(table)), *table.T)
+
+    def within(self, nodes: Sequence[int]) -> tuple[Interest, np.ndarray]:
+        """The part that follows ``nodes``, and where in ``nodes`` each entry's node stands."""
+        place = {node: i for i, node in enumerate(nodes)}
+        chosen = np.flatnonzero(np.isin(self.node, np.asarray(nodes)))  # entries of a trie: index = place
+        part = Interest(chosen, self.node[chosen], self.token[chosen], self.kind[chosen], self.to[chosen])
+        return part, np.asarray([place[n] for n in part.node], dtype=np.int64)
+
+
+def flows(
+    trie: TokenTrie,
+    rows: Rows,
+    groups: Sequence[Group],
+    settings: int,
+    observe: Callable[[RankedBlock, Interest, Tensor, Tensor], None] | None = None,
+    tick: Callable[[int], None] | None = None,
+) -> Flow:
+    """Send every setting of ``groups`` through every node.
+
+    Args:
+        rows: logits of the nodes something depends on, in any order.
+        settings: how many settings there are in all.
+        observe: called on each block with its interesting tokens, the row of each and its position in the ranking.
+        tick: called with the number of nodes done.
+    """
+    scales = sorted({s for g in groups for i in range(len(g.members)) for s in _scales(g, i)} | {1.0})
+    moments = moments_of(rule for g in groups for rule in g.rules)
+    interest = Interest.of(trie)
+    flow = Flow.empty(settings, trie)
+    for nodes, logits in rows:
+        tables = len(moments) * len(scales) + 3
+        size = max(1, MEMORY // (8 * logits.shape[1] * tables))
+        for start in range(0, len(nodes), size):
+            part = list(nodes[start : start + size])
+            block = RankedBlock(logits[start : start + size], scales, moments)
+            _flow_block(block, part, logits[start : start + size], interest, groups, flow, observe)
+            if tick:
+                tick(len(part))
+    return flow
+
+
+def _scales(g: Group, setting: int) -> list[float]:
+    scales = scales_of(g.steps(setting))
+    if scales is None:
+        raise DecalError(f"{' | '.join(r.name for r in g.rules)} scales each row differently; use `dense_flow`")
+    return scales
+
+
+def _flow_block(
+    block: RankedBlock,
+    nodes: list[int],
+    logits: Tensor,
+    interest: Interest,
+    groups: Sequence[Group],
+    flow: Flow,
+    observe: Callable[[RankedBlock, Interest, Tensor, Tensor], None] | None,
+) -> None:
+    here, place = interest.within(nodes)
+    row = torch.from_numpy(place)
+    value = logits.float().cpu()[row, torch.from_numpy(here.token)].double()
+    level = value - logits.float().cpu().amax(-1).double()[row]
+    position = torch.where(level.isfinite(), block.position(row, level), block.width)
+    if observe:
+        observe(block, here, row, position)
+    for g in groups:
+        final = _run(block, nodes, g)
+        lo, hi, scale = (x.view(len(g.members), block.rows) for x in (final.lo, final.hi, final.scale))
+        total = final.mass(final.lo, final.hi).view(len(g.members), block.rows)
+        kept = (position >= lo[:, row]) & (position < hi[:, row])
+        weight = (block.scales[scale[:, row]] * level.clamp(min=-1e300)).exp()
+        share = torch.where(kept, weight / total[:, row], 0.0)
+        _deposit(flow, torch.tensor(g.members), here, share)
+
+
+def _run(block: RankedBlock, nodes: list[int], g: Group) -> RankedRow:
+    settings, rows = len(g.members), block.rows
+    row = torch.arange(rows).repeat(settings)
+    unit = int(torch.searchsorted(block.scales, torch.tensor(1.0, dtype=torch.float64)))
+    state = RankedRow(block, row, torch.full_like(row, unit), torch.zeros_like(row), block.alive[row])
+    for rule, values in zip(g.rules, g.values, strict=True):
+        spread = {
+            name: (v[:, nodes] if v.shape[1] > 1 else v.expand(-1, rows)).reshape(-1, 1) for name, v in values.items()
+        }
+        state = state.after(Step(rule, spread))
+    return state
+
+
+def _deposit(flow: Flow, members: Tensor, here: Interest, share: Tensor) -> None:
+    step = torch.from_numpy(np.flatnonzero(here.kind == 0))
+    flow.arrive[members[:, None], torch.from_numpy(here.to)[step]] = share[:, step]
+    for kind, target in ((1, flow.end), (2, flow.stray)):
+        chosen = torch.from_numpy(np.flatnonzero(here.kind == kind))
+        into = torch.from_numpy(here.to)[chosen]
+        gathered = torch.zeros((len(members), target.shape[1]), dtype=torch.float64)
+        gathered.index_add_(1, into, share[:, chosen])
+        target[members] += gathered
+
+
+def dense_flow(trie: TokenTrie, rows: Rows, processors: Sequence[Callable[[Tensor], Tensor]]) -> Flow:
+    """What `flows` gives, for any functions from logits (B, V) to logits, by a full pass for each.
+
+    Slower; needed for what isn't a chain, and an independent check of what is.
+    """
+    interest = Interest.of(trie)
+    flow = Flow.empty(len(processors), trie)
+    for nodes, logits in rows:
+        here, place = interest.within(list(nodes))
+        index = torch.from_numpy(place), torch.from_numpy(here.token)
+        for number, processor in enumerate(processors):
+            share = processor(logits).double().softmax(-1)[index]
+            _deposit(flow, torch.tensor([number]), here, share[None])
+    return flow
+
+
+@dataclass
+class Evaluator:
+    """Exact evaluation of chains on one trie and its rows, kept in memory or read again for each call."""
+
+    trie: TokenTrie
+    rows: Rows
+    tick: Callable[[int], None] | None = field(default=None)
+
+    def __call__(self, chains: Sequence[Chain]) -> Outcome:
+        """Validity, diversity and answer probabilities of each chain."""
+        return outcome(self.trie, flows(self.trie, self.rows, group(chains), len(chains), tick=self.tick))

@@ -1,0 +1,190 @@
+"""What could be reached by someone who knew the valid answers: four oracles, kept apart.
+
+========== ======================================= =====================================================================
+oracle     knows                                   what falls short of (1, 1) there
+========== ======================================= =====================================================================
+size       how many next tokens are valid          keeps that many from the top: still a rank cutoff
+best       which are valid, but may only cut       no rank cutoff on the same logits does better: what is missing is order
+mask       which are valid, and keeps just those   the model's shape within the valid tokens
+count      how many answers each leads to          nothing: validity and diversity are 1 (Doob transform of the uniform law)
+========== ======================================= =====================================================================
+
+All but ``count`` are tried at every temperature of the grid. The end of an answer counts as one valid next token, however many
+tokens end it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from decal.eval.exact import Flow, Group, Interest
+from decal.eval.ranked import RankedBlock, first
+from decal.eval.trie import TokenTrie
+from decal.samplers.rule import find
+
+MULTIPLIERS = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 24.0)
+"""Prices of validity, in nats of entropy, at which the best cutoffs are computed."""
+
+
+def valid_next(trie: TokenTrie) -> np.ndarray:
+    """(n,) number of valid next tokens, |G|, of each node; the end counts once."""
+    return np.asarray([len(c) + (a >= 0 and bool(trie.ends)) for c, a in zip(trie.children, trie.answer, strict=True)])
+
+
+def size_group(trie: TokenTrie, temperatures: Sequence[float], offset: int) -> Group:
+    """The size oracle at each temperature, as a chain whose k differs by node; settings are numbered from ``offset``."""
+    t = torch.tensor(temperatures, dtype=torch.float64)[:, None]
+    k = torch.from_numpy(np.maximum(valid_next(trie), 1)).double().expand(len(temperatures), -1)
+    members = tuple(range(offset, offset + len(temperatures)))
+    return Group((find("temperature"), find("top_k")), ({"t": t}, {"k": k}), members)
+
+
+def count_flow(trie: TokenTrie) -> Flow:
+    """The law that is uniform on the answers: each step in proportion to N, the answers it leads to."""
+    flow = Flow.empty(1, trie)
+    count = np.asarray(trie.count, dtype=float)
+    ending = count.copy()
+    for node in range(1, len(trie)):
+        flow.arrive[0, node] = count[node] / max(count[trie.parent[node]], 1)
+        ending[trie.parent[node]] -= count[node]
+    flow.end[0] = torch.from_numpy(np.where(np.asarray(trie.answer) >= 0, ending / np.maximum(count, 1), 0.0))
+    return flow
+
+
+@dataclass
+class Ranking:
+    """Collects, while rows pass by, the probability and place in the ranking of every valid token; an observer of `flows`.
+
+    Attributes:
+        share: (T, J) probability of each interesting token at each temperature.
+        head: (T, J) probability of everything ranked no lower.
+        place: (J,) position in the ranking of the last token of equal probability.
+    """
+
+    interest: Interest
+    temperatures: Sequence[float]
+    share: np.ndarray = field(init=False)
+    head: np.ndarray = field(init=False)
+    place: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = len(self.temperatures), len(self.interest.node)
+        self.share, self.head, self.place = np.zeros(shape), np.ones(shape), np.zeros(shape[1], dtype=np.int64)
+
+    def __call__(self, block: RankedBlock, here: Interest, row: torch.Tensor, position: torch.Tensor) -> None:
+        exists = position < block.alive[row]
+        level = block.at(row, position)
+        last = first(lambda i: block.at(row, i) < level, position.clamp(max=block.width - 1), block.alive[row])
+        scales = block.scale_index(torch.tensor([1 / t for t in self.temperatures], dtype=torch.float64))
+        for number, scale in enumerate(scales):
+            total = block.running("s", scale, row, block.alive[row])
+            weight = torch.where(exists, (block.scales[scale] * level).exp(), 0.0)
+            self.share[number, here.index] = (weight / total).numpy()
+            self.head[number, here.index] = (block.running("s", scale, row, last) / total).numpy()
+        self.place[here.index] = last.numpy()
+
+    def mask_flow(self, trie: TokenTrie) -> Flow:
+        """The validity-mask oracle at each temperature."""
+        flow = Flow.empty(len(self.temperatures), trie)
+        on_trie = self.interest.kind < 2
+        total = np.zeros((len(self.temperatures), len(trie)))
+        np.add.at(total, (slice(None), self.interest.node[on_trie]), self.share[:, on_trie])
+        share = self.share / np.where(total > 0, total, 1.0)[:, self.interest.node]
+        step, end = self.interest.kind == 0, self.interest.kind == 1
+        flow.arrive[:, self.interest.to[step]] = torch.from_numpy(share[:, step])
+        flow.end.index_add_(1, torch.from_numpy(self.interest.to[end]), torch.from_numpy(share[:, end]))
+        return flow
+
+
+class BestCutoffs:
+    """The rank cutoffs that buy the most entropy for their validity, at one temperature.
+
+    Among all choices of one cutoff per node it maximises ``-sum_y p(y) ln p(y) + price * sum_y p(y)`` over valid answers y.
+    At equal validity a larger first term is a larger diversity, so over all prices these are the points no rank cutoff beats:
+    they span the upper concave hull of what cutoffs reach. The maximum is a dynamic programme: below a node reached with
+    probability r it is the same problem at ``price - ln r``, so each node has a value function of the price, kept on a grid and
+    interpolated; the cutoffs found are then evaluated exactly.
+
+    It needs one path per answer; see `TokenTrie.one_path_each`.
+    """
+
+    STEP = 0.25
+    PRICES = np.arange(-8.0, 60.0, STEP)
+
+    def __init__(self, trie: TokenTrie, ranking: Ranking, temperature: int):
+        self.trie = trie
+        self.tables: list[_Cuts | None] = [None] * len(trie)
+        self.value = np.tile(self.PRICES, (len(trie), 1))
+        order = np.argsort(ranking.interest.node, kind="stable")
+        bounds = np.searchsorted(ranking.interest.node[order], np.arange(len(trie) + 1))
+        for node in range(len(trie) - 1, -1, -1):
+            members = order[bounds[node] : bounds[node + 1]]
+            members = members[ranking.interest.kind[members] < 2]
+            if len(members):
+                table = self.tables[node] = _Cuts.of(ranking, temperature, members)
+                self.value[node] = self._values(table, self.PRICES[:, None]).max(-1)
+
+    def _values(self, table: _Cuts, price: np.ndarray) -> np.ndarray:
+        """Value of each cut at each price (P, 1); (P, cuts)."""
+        worth = table.end * price - _xlogx(table.end)
+        for child, share in zip(table.child, table.share, strict=True):
+            kept = share > 0
+            below = self._interpolate(child, price - np.log(np.where(kept, share, 1.0)))
+            worth = worth + np.where(kept, share * below, 0.0)
+        return worth
+
+    def _interpolate(self, node: int, price: np.ndarray) -> np.ndarray:
+        """Linear between grid points and beyond the last, where the value function has become a line."""
+        place = (price - self.PRICES[0]) / self.STEP
+        left = np.clip(place.astype(np.int64), 0, len(self.PRICES) - 2)
+        value = self.value[node]
+        return value[left] + (place - left) * (value[left + 1] - value[left])
+
+    def flow(self, prices: Sequence[float] = MULTIPLIERS) -> Flow:
+        """Follow the best cutoff of every node, one setting for each price."""
+        flow = Flow.empty(len(prices), self.trie)
+        price = np.zeros((len(prices), len(self.trie)))
+        price[:, 0] = prices
+        every = np.arange(len(prices))
+        for node, table in enumerate(self.tables):
+            if table is None:
+                continue
+            cut = self._values(table, price[:, node][:, None]).argmax(-1)
+            flow.end[:, node] = torch.from_numpy(np.broadcast_to(table.end, (len(prices), table.end.shape[-1]))[every, cut])
+            for child, share in zip(table.child, table.share, strict=True):
+                flow.arrive[:, child] = torch.from_numpy(share[cut])
+                price[:, child] = price[:, node] - np.log(np.where(share[cut] > 0, share[cut], 1.0))
+        return flow
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """The cutoffs worth considering at a node, one after each valid token: what each gives the valid next steps.
+
+    Attributes:
+        end: (cuts,) probability of ending.
+        child: nodes stepped to.
+        share: for each of them (cuts,) the probability of the step.
+    """
+
+    end: np.ndarray
+    child: list[int]
+    share: list[np.ndarray]
+
+    @classmethod
+    def of(cls, ranking: Ranking, temperature: int, members: np.ndarray) -> _Cuts:
+        place = ranking.place[members]
+        cuts, where = np.unique(place, return_index=True)
+        head = ranking.head[temperature, members][where]
+        share = ranking.share[temperature, members][:, None] * (place[:, None] <= cuts) / np.where(head > 0, head, 1.0)
+        is_end = ranking.interest.kind[members] == 1
+        children = ranking.interest.to[members[~is_end]].tolist()
+        return cls(share[is_end].sum(0), children, list(share[~is_end]))
+
+
+def _xlogx(x: np.ndarray) -> np.ndarray:
+    return x * np.log(np.where(x > 0, x, 1.0))

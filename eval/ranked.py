@@ -1,0 +1,197 @@
+"""Rules on sorted rows: after one sort, any setting costs a few look-ups per row instead of a pass over the vocabulary.
+
+A cut keeps a contiguous range of a ranking, and a temperature doesn't change the ranking. So a row that has gone through any
+number of steps is a scale and a range ``[lo, hi)`` of positions, its moments are differences of running sums, and the rules'
+own bodies run on it unchanged. Positions and sums are exact, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decal.kernels import reference
+from decal.kernels.statistics import MOMENTS, STATISTICS
+from decal.samplers.errors import DecalError
+from decal.samplers.row import Affine, Band, BaseRow, DenseRow
+from decal.samplers.rule import Rule, Step
+
+POWER = {"n": 0, "a": 1, "b": 2}
+"""Moments that are powers of the scale times those at scale 1."""
+
+
+def constant_scale(step: Step) -> float | None:
+    """The factor by which a reshaping step multiplies any row's logits, or None if that depends on the row."""
+    probes = torch.tensor([[0.0, -1.0, -2.0], [0.0, -3.0, -9.0]], dtype=torch.float64)
+    answer = step.answer(DenseRow(probes, reference), probes)
+    if not isinstance(answer, Affine):
+        raise TypeError(f"{step} does not reshape")
+    scales = set(answer.scale[:, 0].tolist())
+    return scales.pop() if len(scales) == 1 else None
+
+
+def scales_of(steps: Iterable[Step]) -> list[float] | None:
+    """Every scale a row has on its way through ``steps``, or None if one depends on the row."""
+    scales = [1.0]
+    for step in steps:
+        if step.rule.kind == "reshaping":
+            scale = constant_scale(step)
+            if scale is None:
+                return None
+            # An infinite scale leaves the modes, at whatever scale.
+            scales.append(scales[-1] * scale if np.isfinite(scale) else scales[-1])
+    return scales
+
+
+def moments_of(rules: Iterable[Rule]) -> set[str]:
+    """Moments that have to be summed for ``rules``; ``s``, the mass, always."""
+    return {"s"}.union(*(STATISTICS[name].moments for rule in rules for name in rule.reads if name in STATISTICS))
+
+
+def first(true_from: Callable[[Tensor], Tensor], lo: Tensor, hi: Tensor) -> Tensor:
+    """Smallest i in [lo, hi) where ``true_from(i)`` holds, else hi; it must hold for all larger ones too. Elementwise."""
+    lo, hi = lo.clone(), hi.clone()
+    for _ in range(int((hi - lo).max().clamp(min=0)).bit_length() if len(lo) else 0):
+        middle = (lo + hi) // 2
+        open_ = lo < hi
+        holds = true_from(middle)
+        hi = torch.where(open_ & holds, middle, hi)
+        lo = torch.where(open_ & ~holds, middle + 1, lo)
+    return lo
+
+
+class RankedBlock:
+    """A block of R rows in decreasing order, with running sums of every needed moment at every needed scale.
+
+    Args:
+        logits: (R, V), any floating type, -inf where a token doesn't exist.
+        scales: all scales that will occur.
+        moments: all moments that will be needed.
+    """
+
+    def __init__(self, logits: Tensor, scales: Sequence[float], moments: set[str]):
+        # numpy's sort of float32 is several times faster than torch's, and no index is needed.
+        ranked = -np.sort(-logits.float().cpu().numpy(), axis=-1)
+        level = torch.from_numpy(ranked).double()
+        if not bool(level[:, 0].isfinite().all()):
+            raise DecalError("the model gave a row of logits with NaN, +inf or nothing finite")
+        level -= level[:, :1].clone()
+        self.rows, self.width = level.shape
+        self.alive = level.isfinite().sum(-1)
+        self.scales = torch.tensor(sorted(set(scales)), dtype=torch.float64)
+        self.level = level.flatten()
+        dead = level.isneginf()
+        level = level.masked_fill(dead, 0.0)
+        self._tables: dict[str, Tensor] = {}
+        for name in sorted(moments):
+            at = torch.ones(1, dtype=torch.float64) if name in POWER else self.scales
+            table = torch.zeros((len(at), self.rows, self.width + 1), dtype=torch.float64)
+            for index, scale in enumerate(at):
+                d = scale * level
+                summand = MOMENTS[name](d, d.exp() if name not in POWER else d)
+                torch.cumsum(summand.masked_fill_(dead, 0.0), -1, out=table[index, :, 1:])
+            self._tables[name] = table.flatten()
+
+    def scale_index(self, scale: Tensor) -> Tensor:
+        """Where each scale stands in ``scales``."""
+        index = torch.searchsorted(self.scales, scale)
+        near = self.scales[index.clamp(max=len(self.scales) - 1)]
+        below = self.scales[(index - 1).clamp(min=0)]
+        index = torch.where((near - scale).abs() <= (below - scale).abs(), index, index - 1).clamp(0, len(self.scales) - 1)
+        assert torch.allclose(self.scales[index], scale, rtol=1e-12, atol=0)
+        return index
+
+    def at(self, row: Tensor, position: Tensor) -> Tensor:
+        """Logit below the row's largest, at scale 1."""
+        return self.level[row * self.width + position.clamp(0, self.width - 1)]
+
+    def running(self, name: str, scale: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """Sum of a moment over the first ``position`` tokens, at scale number ``scale``."""
+        width = self.width + 1
+        if name in POWER:
+            return self._tables[name][row * width + position] * self.scales[scale] ** POWER[name]
+        return self._tables[name][(scale * self.rows + row) * width + position]
+
+    def position(self, row: Tensor, level: Tensor) -> Tensor:
+        """Position of the first token as low as ``level``."""
+        return first(lambda i: self.at(row, i) <= level, torch.zeros_like(row), self.alive[row])
+
+
+class RankedRow(BaseRow):
+    """B rows as the rules see them: row ``row`` of a block at scale number ``scale``, positions [lo, hi); all of shape (B,)."""
+
+    def __init__(self, block: RankedBlock, row: Tensor, scale: Tensor, lo: Tensor, hi: Tensor):
+        super().__init__()
+        self.block, self.row, self.scale, self.lo, self.hi = block, row, scale, lo, hi
+
+    def value(self, position: Tensor) -> Tensor:
+        """Logit at a position."""
+        return self.block.scales[self.scale] * self.block.at(self.row, position)
+
+    def mass(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Unnormalised probability of positions [lo, hi)."""
+        return self._running("s", hi) - self._running("s", lo)
+
+    def _running(self, name: str, position: Tensor) -> Tensor:
+        return self.block.running(name, self.scale, self.row, position)
+
+    def _moments(self, names: list[str]) -> Mapping[str, Tensor]:
+        return {name: (self._running(name, self.hi) - self._running(name, self.lo))[:, None] for name in names}
+
+    def _reference(self) -> Tensor:
+        return torch.zeros((len(self.row), 1), dtype=torch.float64)
+
+    @property
+    def max(self) -> Tensor:
+        return self.value(self.lo)[:, None]
+
+    def upper(self, *, count: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
+        if count is not None:
+            last = torch.minimum(self.lo + count[:, 0].long(), self.hi) - 1
+        else:
+            assert mass is not None
+            target = mass[:, 0] * self.mass(self.lo, self.hi)
+            last = first(lambda i: self.mass(self.lo, i + 1) >= target, self.lo, self.hi - 1)
+        return self.value(torch.maximum(last, self.lo))[:, None]
+
+    def nearest(self, center: Tensor, mass: Tensor) -> Band:
+        c = center[:, 0]
+        target = mass[:, 0] * self.mass(self.lo, self.hi)
+        middle = first(lambda i: self.value(i) <= c, self.lo, self.hi)
+
+        def extent(radius: Tensor) -> tuple[Tensor, Tensor]:
+            start = first(lambda i: self.value(i) - c <= radius, self.lo, middle)
+            return start, first(lambda i: c - self.value(i) > radius, middle, self.hi)
+
+        def enough(radius: Tensor) -> Tensor:
+            return self.mass(*extent(radius)) >= target
+
+        below = first(lambda i: enough(c - self.value(i)), middle, self.hi)
+        above = first(lambda i: ~enough(self.value(i) - c), self.lo, middle) - 1
+        radius = torch.minimum(
+            torch.where(below < self.hi, c - self.value(below), torch.inf),
+            torch.where(above >= self.lo, self.value(above) - c, torch.inf),
+        )
+        # Rounding may leave the whole range a hair short of a mass of one.
+        start, end = extent(radius)
+        return Band(self.value(end - 1)[:, None], self.value(start)[:, None])
+
+    def after(self, step: Step) -> RankedRow:
+        """The rows after ``step``, whose parameters are per row."""
+        like = torch.zeros((), dtype=torch.float64)
+        answer = step.answer(self, like)
+        if isinstance(answer, Affine):
+            factor = answer.scale[:, 0].expand(len(self.row))
+            greedy = factor.isinf()
+            top = self.value(self.lo)
+            modes = first(lambda i: self.value(i) < top, self.lo, self.hi)
+            scale = self.block.scales[self.scale] * torch.where(greedy, 1.0, factor)
+            hi = torch.where(greedy, modes, self.hi)
+            return RankedRow(self.block, self.row, self.block.scale_index(scale), self.lo, hi)
+        low, high = answer.low[:, 0], answer.high[:, 0]
+        lo = first(lambda i: self.value(i) <= high, self.lo, self.hi)
+        hi = first(lambda i: self.value(i) < low, self.lo, self.hi)
+        return RankedRow(self.block, self.row, self.scale, lo, hi)

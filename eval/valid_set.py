@@ -1,0 +1,168 @@
+"""The valid answers of a task: a finite set of strings, held as an automaton that can count.
+
+Counting is dynamic programming over states, so a set far too large to list still has an exact size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from decal.samplers.errors import DecalError
+
+State = Hashable
+
+
+class ValidSet:
+    """A finite set of non-empty strings: an acyclic automaton over characters.
+
+    Args:
+        start: the first state.
+        edges: ``state -> {character: next state}``.
+        final: whether a string that leads to the state is in the set.
+        source: what it came from, for messages.
+
+    Raises:
+        DecalError: the set is empty, infinite, or holds the empty string.
+    """
+
+    def __init__(
+        self,
+        start: State,
+        edges: Callable[[Any], Mapping[str, Any]],
+        final: Callable[[Any], bool],
+        source: str = "valid set",
+    ):
+        self.start, self.source = start, source
+        self._edges_of, self._final = edges, final
+        self._edges: dict[State, Mapping[str, State]] = {}
+        self._counts: dict[State, int] = {}
+        self._count_from(start)
+        if not self.size:
+            raise DecalError(f"{source}: the valid set is empty")
+        if final(start):
+            raise DecalError(f"{source}: the empty string can't be an answer")
+
+    @classmethod
+    def from_list(cls, answers: Sequence[str], source: str = "answers") -> ValidSet:
+        """The set of the given answers. Raises DecalError on none, duplicates, or entries that aren't non-empty strings."""
+        children: list[dict[str, int]] = [{}]
+        last: dict[int, int] = {}
+        for number, answer in enumerate(answers, 1):
+            if not isinstance(answer, str) or not answer:
+                raise DecalError(f"{source}: answer {number} must be a non-empty string, got {answer!r}")
+            node = 0
+            for character in answer:
+                if character not in children[node]:
+                    children[node][character] = len(children)
+                    children.append({})
+                node = children[node][character]
+            if node in last:
+                raise DecalError(f"{source}: {answer!r} is given twice, as answers {last[node]} and {number}")
+            last[node] = number
+        return cls(0, children.__getitem__, last.__contains__, source)
+
+    @classmethod
+    def from_regex(cls, pattern: str, source: str = "regex") -> ValidSet:
+        """The strings that match ``pattern`` in full. Raises DecalError if it doesn't parse or matches infinitely many."""
+        import interegular
+        from interegular.fsm import anything_else
+
+        try:
+            automaton = interegular.parse_pattern(pattern).to_fsm().reduce()
+        except Exception as error:  # the parser raises many types, none of them documented
+            raise DecalError(f"{source}: can't read the regular expression {pattern!r} ({type(error).__name__})") from None
+        symbols = automaton.alphabet.by_transition
+
+        def edges(state: int) -> dict[str, int]:
+            found = {}
+            for transition, target in automaton.map.get(state, {}).items():
+                for symbol in symbols[transition] if automaton.islive(target) else ():
+                    if symbol is anything_else:
+                        raise DecalError(f"{source}: {pattern!r} accepts every character somewhere; write out which ones")
+                    found[symbol] = target
+            return dict(sorted(found.items()))
+
+        return cls(automaton.initial, edges, automaton.finals.__contains__, source)
+
+    @classmethod
+    def digits(
+        cls, n: int, *, sum_eq: int | None = None, sum_le: int | None = None, source: str = "digits"
+    ) -> ValidSet:
+        """``n`` digits separated by commas, whose sum equals ``sum_eq`` or is at most ``sum_le`` (or is free)."""
+        if n < 1 or (sum_eq is not None and sum_le is not None):
+            raise DecalError(f"{source}: digits needs n >= 1 and at most one of sum_eq and sum_le, got n={n}")
+        most = 9 * n if sum_eq is None and sum_le is None else sum_eq if sum_eq is not None else sum_le
+        assert most is not None
+
+        # A state is (digits written, their sum, whether a comma comes next).
+        def edges(state: tuple[int, int, bool]) -> dict[str, tuple[int, int, bool]]:
+            written, total, comma = state
+            if written == n:
+                return {}
+            if comma:
+                return {",": (written, total, False)}
+            return {str(d): (written + 1, total + d, True) for d in range(10) if total + d <= most}
+
+        def final(state: tuple[int, int, bool]) -> bool:
+            return state[0] == n and (sum_eq is None or state[1] == sum_eq)
+
+        return cls((0, 0, False), edges, final, source)
+
+    @property
+    def size(self) -> int:
+        """Number of answers, |V|."""
+        return self._counts[self.start]
+
+    def count(self, state: State) -> int:
+        """Number of ways to complete a string that has led to ``state``, N of Definition 3.2 in arXiv 2605.11128."""
+        return self._counts[state]
+
+    def edges(self, state: State) -> Mapping[str, State]:
+        """``{character: next state}`` for the characters that some answer continues with."""
+        return self._edges[state]
+
+    def final(self, state: State) -> bool:
+        """Whether a string that has led to ``state`` is an answer."""
+        return self._final(state)
+
+    def __contains__(self, text: object) -> bool:
+        state = self.start
+        for character in text if isinstance(text, str) else "":
+            if character not in self._edges[state]:
+                return False
+            state = self._edges[state][character]
+        return isinstance(text, str) and self._final(state)
+
+    def __iter__(self) -> Iterator[str]:
+        """The answers, shorter prefixes first, characters in order of declaration."""
+        stack: list[tuple[State, str]] = [(self.start, "")]
+        while stack:
+            state, text = stack.pop()
+            if self._final(state):
+                yield text
+            stack += [(after, text + character) for character, after in reversed(self._edges[state].items())]
+
+    def __repr__(self) -> str:
+        return f"<ValidSet of {self.size} answers from {self.source}>"
+
+    def _count_from(self, start: State) -> None:
+        """Depth-first with an own stack: answers may be longer than Python's recursion goes deep."""
+        path: set[State] = set()
+        stack: list[tuple[State, bool]] = [(start, False)]
+        while stack:
+            state, done = stack.pop()
+            if done:
+                path.remove(state)
+                live = {c: after for c, after in self._edges[state].items() if self._counts[after]}
+                self._edges[state] = live
+                self._counts[state] = int(self._final(state)) + sum(self._counts[after] for after in live.values())
+            elif state not in self._counts:
+                path.add(state)
+                self._edges[state] = dict(self._edges_of(state))
+                stack.append((state, True))
+                for after in self._edges[state].values():
+                    if after in path:
+                        raise DecalError(f"{self.source}: the valid set is infinite; only finite sets can be evaluated exactly")
+                    if after not in self._counts:
+                        stack.append((after, False))

@@ -1,0 +1,84 @@
+"""Everything decal computes over the vocabulary, the obvious way, in plain torch: the oracle of every test.
+
+Legend: ``z_BV`` logits of B rows over V tokens, -inf where a token is dropped; ``(B, 1)`` one number per row. Arithmetic is
+float64 (float32 on devices without it), so that no kept set hangs on rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from decal.kernels.statistics import MOMENTS
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The widest float the device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def clean(z_BV: Tensor) -> Tensor:
+    """``z_BV`` in wide floats; NaN becomes -inf (a dropped token), +inf the largest finite value of its type."""
+    top = torch.finfo(z_BV.dtype).max
+    return z_BV.to(wide(z_BV.device)).nan_to_num(nan=-torch.inf, posinf=top, neginf=-torch.inf)
+
+
+def moments(z_BV: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """Sums over the kept tokens, relative to the largest logit; each (B, 1)."""
+    kept = z_BV.isfinite()
+    d = torch.where(kept, z_BV - z_BV.amax(-1, keepdim=True), 0.0)
+    e = d.exp()
+    return {name: torch.where(kept, MOMENTS[name](d, e), 0.0).sum(-1, keepdim=True) for name in names}
+
+
+def upper(z_BV: Tensor, *, count: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
+    """Logit of the last token of the smallest top set that holds ``count`` tokens, or ``mass`` of the probability; (B, 1)."""
+    ranked = z_BV.sort(-1, descending=True).values
+    last = (ranked.isfinite().sum(-1, keepdim=True) - 1).clamp(min=0)
+    if count is not None:
+        index = count.long().expand_as(last) - 1
+    else:
+        reached = (ranked - ranked[:, :1]).exp().cumsum(-1)
+        index = (reached < mass * reached.gather(-1, last)).sum(-1, keepdim=True)
+    return ranked.gather(-1, index.minimum(last))
+
+
+def nearest(z_BV: Tensor, center: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest logit of the tokens nearest to the logit ``center`` that together hold ``mass``; each (B, 1).
+
+    Tokens as far from ``center`` as the last one needed belong to the set too.
+    """
+    distance = torch.where(z_BV.isfinite(), (z_BV - center).abs(), torch.inf)
+    ranked, order = distance.sort(-1)
+    reached = (z_BV - z_BV.amax(-1, keepdim=True)).exp().gather(-1, order).cumsum(-1)
+    last = (ranked.isfinite().sum(-1, keepdim=True) - 1).clamp(min=0)
+    index = (reached < mass * reached.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
+    inside = distance <= ranked.gather(-1, index)
+    low = torch.where(inside, z_BV, torch.inf).amin(-1, keepdim=True)
+    high = torch.where(inside, z_BV, -torch.inf).amax(-1, keepdim=True)
+    return low, high
+
+
+def keep_between(z_BV: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``z_BV`` with every logit outside [low, high] at -inf."""
+    return z_BV.masked_fill((z_BV < low) | (z_BV > high), -torch.inf)
+
+
+def affine(z_BV: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``scale * z + shift`` of the kept tokens; an infinite scale is the limit, where only the modes stay."""
+    modes = torch.where(z_BV == z_BV.amax(-1, keepdim=True), z_BV, -torch.inf)
+    finite = torch.where(scale.isinf(), 1.0, scale)
+    return torch.where(scale.isinf(), modes, torch.where(z_BV.isfinite(), finite * z_BV + shift, -torch.inf))
+
+
+def narrow(z_BV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Back to ``dtype`` without a kept token leaving its finite range.
+
+    Only differences of logits matter, so a row too high or too low for ``dtype`` is moved to have its largest at 0.
+    """
+    top = torch.finfo(dtype).max
+    peak = z_BV.amax(-1, keepdim=True)
+    moved = torch.where(peak.isfinite() & (peak.abs() > top / 2), z_BV - peak, z_BV)
+    return torch.where(moved.isfinite(), moved.clamp(min=-top), -torch.inf).to(dtype)

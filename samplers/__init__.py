@@ -1,0 +1,4 @@
+"""Decoding strategies: what to keep and how to reshape. Importing this imports torch, and no other heavy package."""
+
+from decal.samplers import reshaping as reshaping
+from decal.samplers import truncation as truncation
