@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,41 +36,45 @@ class Group:
         rules: the rules, in order.
         values: for each rule ``{parameter: (S, 1), or (S, n) where every node has its own}``.
         members: which settings of the whole grid these are.
+        scales: every factor by which a row's logits are multiplied on the way.
     """
 
     rules: tuple[Rule, ...]
     values: tuple[Mapping[str, Tensor], ...]
     members: tuple[int, ...]
-
-    def steps(self, setting: int) -> list[Step]:
-        """The steps of one setting, for its scales; parameters that differ by node stand at the first one's value."""
-        return [
-            Step(rule, {name: float(v[setting, 0]) for name, v in values.items()})
-            for rule, values in zip(self.rules, self.values, strict=True)
-        ]
+    scales: frozenset[float]
 
 
-def group(chains: Sequence[Chain]) -> list[Group]:
-    """Arrange chains of plain numbers into groups. Raises DecalError on per-row parameters."""
+def group(chains: Sequence[Chain]) -> tuple[list[Group], list[int]]:
+    """Arrange chains into groups, and list the ones that don't fit: those that scale each row by a factor of its own.
+
+    Raises:
+        DecalError: a chain has per-row parameters.
+    """
     by_rules: dict[tuple[Rule, ...], list[int]] = defaultdict(list)
+    scales: dict[int, list[float]] = {}
+    misfits: list[int] = []
     for number, chain in enumerate(chains):
         if chain.per_row is not None:
             raise DecalError(f"the evaluator needs one value per parameter, got per-row values in {chain}")
-        by_rules[tuple(step.rule for step in chain.steps)].append(number)
-    return [
-        Group(
-            rules,
-            tuple(
-                {
-                    name: torch.tensor([[chains[m].steps[i].values[name]] for m in members], dtype=torch.float64)
-                    for name in rule.params
-                }
-                for i, rule in enumerate(rules)
-            ),
-            tuple(members),
-        )
-        for rules, members in by_rules.items()
-    ]
+        found = scales_of(chain.steps)
+        if found is None:
+            misfits.append(number)
+        else:
+            scales[number] = found
+            by_rules[tuple(step.rule for step in chain.steps)].append(number)
+    return [_stack(chains, rules, members, scales) for rules, members in by_rules.items()], misfits
+
+
+def _stack(chains: Sequence[Chain], rules: tuple[Rule, ...], members: list[int], scales: Mapping[int, list[float]]) -> Group:
+    values = tuple(
+        {
+            name: torch.tensor([[chains[m].steps[place].values[name]] for m in members], dtype=torch.float64)
+            for name in rule.params
+        }
+        for place, rule in enumerate(rules)
+    )
+    return Group(rules, values, tuple(members), frozenset(s for m in members for s in scales[m]))
 
 
 @dataclass
@@ -121,9 +126,16 @@ def outcome(trie: TokenTrie, flow: Flow) -> Outcome:
         mass[:, level] *= mass[:, parent[level]]
     leaf = np.flatnonzero(np.asarray(trie.answer) >= 0)
     answers = np.zeros((len(mass), trie.size))
-    np.add.at(answers, (slice(None), np.asarray(trie.answer)[leaf]), mass[:, leaf] * flow.end.numpy()[:, leaf])
+    # Transposed, so that the index is the plain first one.
+    np.add.at(answers.T, np.asarray(trie.answer)[leaf], (mass * flow.end.numpy())[:, leaf].T)
     validity = answers.sum(-1)
     return Outcome(answers, validity, diversity(answers), (mass * flow.stray.numpy()).sum(-1))
+
+
+def join(outcomes: Sequence[Outcome]) -> Outcome:
+    """Outcomes of the same task, one after another."""
+    names = ("answers", "validity", "diversity", "slack")
+    return Outcome(*(np.concatenate([getattr(o, name) for o in outcomes]) for name in names))
 
 
 def diversity(answers: np.ndarray) -> np.ndarray:
@@ -180,9 +192,9 @@ def flows(
         rows: logits of the nodes something depends on, in any order.
         settings: how many settings there are in all.
         observe: called on each block with its interesting tokens, the row of each and its position in the ranking.
-        tick: called with the number of nodes done.
+        tick: called with the number of nodes just done.
     """
-    scales = sorted({s for g in groups for i in range(len(g.members)) for s in _scales(g, i)} | {1.0})
+    scales = sorted({1.0}.union(*(g.scales for g in groups)))
     moments = moments_of(rule for g in groups for rule in g.rules)
     interest = Interest.of(trie)
     flow = Flow.empty(settings, trie)
@@ -196,13 +208,6 @@ def flows(
             if tick:
                 tick(len(part))
     return flow
-
-
-def _scales(g: Group, setting: int) -> list[float]:
-    scales = scales_of(g.steps(setting))
-    if scales is None:
-        raise DecalError(f"{' | '.join(r.name for r in g.rules)} scales each row differently; use `dense_flow`")
-    return scales
 
 
 def _flow_block(
@@ -223,11 +228,12 @@ def _flow_block(
         observe(block, here, row, position)
     for g in groups:
         final = _run(block, nodes, g)
-        lo, hi, scale = (x.view(len(g.members), block.rows) for x in (final.lo, final.hi, final.scale))
-        total = final.mass(final.lo, final.hi).view(len(g.members), block.rows)
-        kept = (position >= lo[:, row]) & (position < hi[:, row])
-        weight = (block.scales[scale[:, row]] * level.clamp(min=-1e300)).exp()
-        share = torch.where(kept, weight / total[:, row], 0.0)
+        total = final.mass(final.lo, final.hi)
+        # (S, tokens of interest): each setting's row that the token follows.
+        which = torch.arange(len(g.members))[:, None] * block.rows + row
+        kept = (position >= final.lo[which]) & (position < final.hi[which])
+        logit = block.scales[final.scale[which]] * torch.where(kept, level, 0.0) - final.reference[which]
+        share = torch.where(kept, logit.exp() / total[which], 0.0)
         _deposit(flow, torch.tensor(g.members), here, share)
 
 
@@ -237,9 +243,7 @@ def _run(block: RankedBlock, nodes: list[int], g: Group) -> RankedRow:
     unit = int(torch.searchsorted(block.scales, torch.tensor(1.0, dtype=torch.float64)))
     state = RankedRow(block, row, torch.full_like(row, unit), torch.zeros_like(row), block.alive[row])
     for rule, values in zip(g.rules, g.values, strict=True):
-        spread = {
-            name: (v[:, nodes] if v.shape[1] > 1 else v.expand(-1, rows)).reshape(-1, 1) for name, v in values.items()
-        }
+        spread = {name: (v[:, nodes] if v.shape[1] > 1 else v.expand(-1, rows)).reshape(-1, 1) for name, v in values.items()}
         state = state.after(Step(rule, spread))
     return state
 
@@ -271,14 +275,23 @@ def dense_flow(trie: TokenTrie, rows: Rows, processors: Sequence[Callable[[Tenso
     return flow
 
 
-@dataclass
-class Evaluator:
-    """Exact evaluation of chains on one trie and its rows, kept in memory or read again for each call."""
+def evaluate(trie: TokenTrie, rows: Rows, chains: Sequence[Chain]) -> Outcome:
+    """Validity, diversity and answer probabilities of each chain, exactly.
 
-    trie: TokenTrie
-    rows: Rows
-    tick: Callable[[int], None] | None = field(default=None)
+    Args:
+        rows: logits of the nodes of ``trie``; read more than once.
+    """
+    return outcome(trie, chain_flow(trie, rows, chains, *group(chains)))
 
-    def __call__(self, chains: Sequence[Chain]) -> Outcome:
-        """Validity, diversity and answer probabilities of each chain."""
-        return outcome(self.trie, flows(self.trie, self.rows, group(chains), len(chains), tick=self.tick))
+
+def chain_flow(
+    trie: TokenTrie, rows: Rows, chains: Sequence[Chain], groups: Sequence[Group], misfits: Sequence[int], **kwargs: Any
+) -> Flow:
+    """`flows` of the chains in ``groups`` (and further groups, numbered from ``len(chains)``), `dense_flow` of ``misfits``."""
+    settings = len(chains) + sum(len(g.members) for g in groups if g.members[0] >= len(chains))
+    flow = flows(trie, rows, groups, settings, **kwargs)
+    if misfits:
+        dense = dense_flow(trie, rows, [chains[m] for m in misfits])
+        for part in ("arrive", "end", "stray"):
+            getattr(flow, part)[list(misfits)] = getattr(dense, part)
+    return flow

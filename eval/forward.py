@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from decal.eval.trie import TokenTrie
+from decal.samplers.errors import DecalError
 
 Sink = Callable[[list[int], Tensor], None]
 BLOCK = 256
@@ -108,17 +109,28 @@ def plain_logits(model: Any, prompt: Sequence[int], trie: TokenTrie, sink: Sink,
                 sink(fresh, logits[row, [trie.depth[n] for n in fresh]])
 
 
-def collect(model: Any, prompt: Sequence[int], trie: TokenTrie, sink: Sink, grow: Any = None) -> bool:
+def collect(
+    model: Any,
+    prompt: Sequence[int],
+    trie: TokenTrie,
+    sink: Sink,
+    grow: Callable[[TokenTrie, int, Tensor], None] | None = None,
+    restart: Callable[[], None] = lambda: None,
+) -> bool:
     """Logits of every node, by tree attention if the model can, else path by path. Returns whether it could.
 
-    The caller must discard what ``sink`` was given before a False: it was given everything again.
+    ``restart`` is called if what ``sink`` was given so far is to be forgotten.
+
+    Raises:
+        DecalError: the model can't, and ``grow`` needs it to.
     """
     try:
         prefix_logits(model, prompt, trie, sink, grow)
     except TreeAttentionError as error:
         if grow is not None:
-            raise
+            raise DecalError(f"tokenisation 'all' needs a model that takes tree masks: {error}") from error
         warnings.warn(f"reading prefixes one path at a time, which is slower: {error}", stacklevel=2)
+        restart()
         plain_logits(model, prompt, trie, sink)
         return False
     return True

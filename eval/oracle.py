@@ -9,8 +9,9 @@ mask       which are valid, and keeps just those   the model's shape within the 
 count      how many answers each leads to          nothing: validity and diversity are 1 (Doob transform of the uniform law)
 ========== ======================================= =====================================================================
 
-All but ``count`` are tried at every temperature of the grid. The end of an answer counts as one valid next token, however many
-tokens end it.
+All but ``count`` are tried at every scale (1 / temperature, 0 for uniform) that a setting of the grid ends at, so that ``best``
+bounds every rank cutoff among them. The end of an answer counts as one valid next token, however many tokens end it. Letting go
+of some valid tokens can even out the law over answers, so ``best`` may be more diverse than ``mask``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from decal.eval.ranked import RankedBlock, first
 from decal.eval.trie import TokenTrie
 from decal.samplers.rule import find
 
-MULTIPLIERS = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 24.0)
+PRICES = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 24.0)
 """Prices of validity, in nats of entropy, at which the best cutoffs are computed."""
 
 
@@ -35,12 +36,13 @@ def valid_next(trie: TokenTrie) -> np.ndarray:
     return np.asarray([len(c) + (a >= 0 and bool(trie.ends)) for c, a in zip(trie.children, trie.answer, strict=True)])
 
 
-def size_group(trie: TokenTrie, temperatures: Sequence[float], offset: int) -> Group:
-    """The size oracle at each temperature, as a chain whose k differs by node; settings are numbered from ``offset``."""
-    t = torch.tensor(temperatures, dtype=torch.float64)[:, None]
-    k = torch.from_numpy(np.maximum(valid_next(trie), 1)).double().expand(len(temperatures), -1)
-    members = tuple(range(offset, offset + len(temperatures)))
-    return Group((find("temperature"), find("top_k")), ({"t": t}, {"k": k}), members)
+def size_group(trie: TokenTrie, scales: Sequence[float], offset: int) -> Group:
+    """The size oracle at each scale, as a chain whose k differs by node; settings are numbered from ``offset``."""
+    k = torch.from_numpy(np.maximum(valid_next(trie), 1)).double().expand(len(scales), -1)
+    # Any scale, also 0, is one minus a strength.
+    strength = 1 - torch.tensor(scales, dtype=torch.float64)[:, None]
+    rules, values = (find("top_k"), find("flatten")), ({"k": k}, {"strength": strength})
+    return Group(rules, values, tuple(range(offset, offset + len(scales))), frozenset(scales))
 
 
 def count_flow(trie: TokenTrie) -> Flow:
@@ -60,26 +62,26 @@ class Ranking:
     """Collects, while rows pass by, the probability and place in the ranking of every valid token; an observer of `flows`.
 
     Attributes:
-        share: (T, J) probability of each interesting token at each temperature.
-        head: (T, J) probability of everything ranked no lower.
+        share: (K, J) probability of each of the J interesting tokens at each of the K scales.
+        head: (K, J) probability of everything ranked no lower.
         place: (J,) position in the ranking of the last token of equal probability.
     """
 
     interest: Interest
-    temperatures: Sequence[float]
+    scales: Sequence[float]
     share: np.ndarray = field(init=False)
     head: np.ndarray = field(init=False)
     place: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        shape = len(self.temperatures), len(self.interest.node)
+        shape = len(self.scales), len(self.interest.node)
         self.share, self.head, self.place = np.zeros(shape), np.ones(shape), np.zeros(shape[1], dtype=np.int64)
 
     def __call__(self, block: RankedBlock, here: Interest, row: torch.Tensor, position: torch.Tensor) -> None:
         exists = position < block.alive[row]
         level = block.at(row, position)
         last = first(lambda i: block.at(row, i) < level, position.clamp(max=block.width - 1), block.alive[row])
-        scales = block.scale_index(torch.tensor([1 / t for t in self.temperatures], dtype=torch.float64))
+        scales = block.scale_index(torch.tensor(self.scales, dtype=torch.float64))
         for number, scale in enumerate(scales):
             total = block.running("s", scale, row, block.alive[row])
             weight = torch.where(exists, (block.scales[scale] * level).exp(), 0.0)
@@ -88,11 +90,11 @@ class Ranking:
         self.place[here.index] = last.numpy()
 
     def mask_flow(self, trie: TokenTrie) -> Flow:
-        """The validity-mask oracle at each temperature."""
-        flow = Flow.empty(len(self.temperatures), trie)
+        """The validity-mask oracle at each scale."""
+        flow = Flow.empty(len(self.scales), trie)
         on_trie = self.interest.kind < 2
-        total = np.zeros((len(self.temperatures), len(trie)))
-        np.add.at(total, (slice(None), self.interest.node[on_trie]), self.share[:, on_trie])
+        total = np.zeros((len(self.scales), len(trie)))
+        np.add.at(total.T, self.interest.node[on_trie], self.share[:, on_trie].T)
         share = self.share / np.where(total > 0, total, 1.0)[:, self.interest.node]
         step, end = self.interest.kind == 0, self.interest.kind == 1
         flow.arrive[:, self.interest.to[step]] = torch.from_numpy(share[:, step])
@@ -101,7 +103,7 @@ class Ranking:
 
 
 class BestCutoffs:
-    """The rank cutoffs that buy the most entropy for their validity, at one temperature.
+    """The rank cutoffs that buy the most entropy for their validity, at one scale.
 
     Among all choices of one cutoff per node it maximises ``-sum_y p(y) ln p(y) + price * sum_y p(y)`` over valid answers y.
     At equal validity a larger first term is a larger diversity, so over all prices these are the points no rank cutoff beats:
@@ -113,20 +115,20 @@ class BestCutoffs:
     """
 
     STEP = 0.25
-    PRICES = np.arange(-8.0, 60.0, STEP)
+    GRID = np.arange(-8.0, 60.0, STEP)
 
-    def __init__(self, trie: TokenTrie, ranking: Ranking, temperature: int):
+    def __init__(self, trie: TokenTrie, ranking: Ranking, scale: int):
         self.trie = trie
         self.tables: list[_Cuts | None] = [None] * len(trie)
-        self.value = np.tile(self.PRICES, (len(trie), 1))
+        self.value = np.tile(self.GRID, (len(trie), 1))
         order = np.argsort(ranking.interest.node, kind="stable")
         bounds = np.searchsorted(ranking.interest.node[order], np.arange(len(trie) + 1))
         for node in range(len(trie) - 1, -1, -1):
             members = order[bounds[node] : bounds[node + 1]]
             members = members[ranking.interest.kind[members] < 2]
             if len(members):
-                table = self.tables[node] = _Cuts.of(ranking, temperature, members)
-                self.value[node] = self._values(table, self.PRICES[:, None]).max(-1)
+                table = self.tables[node] = _Cuts.of(ranking, scale, members)
+                self.value[node] = self._values(table, self.GRID[:, None]).max(-1)
 
     def _values(self, table: _Cuts, price: np.ndarray) -> np.ndarray:
         """Value of each cut at each price (P, 1); (P, cuts)."""
@@ -139,12 +141,12 @@ class BestCutoffs:
 
     def _interpolate(self, node: int, price: np.ndarray) -> np.ndarray:
         """Linear between grid points and beyond the last, where the value function has become a line."""
-        place = (price - self.PRICES[0]) / self.STEP
-        left = np.clip(place.astype(np.int64), 0, len(self.PRICES) - 2)
+        place = (price - self.GRID[0]) / self.STEP
+        left = np.clip(place.astype(np.int64), 0, len(self.GRID) - 2)
         value = self.value[node]
         return value[left] + (place - left) * (value[left + 1] - value[left])
 
-    def flow(self, prices: Sequence[float] = MULTIPLIERS) -> Flow:
+    def flow(self, prices: Sequence[float] = PRICES) -> Flow:
         """Follow the best cutoff of every node, one setting for each price."""
         flow = Flow.empty(len(prices), self.trie)
         price = np.zeros((len(prices), len(self.trie)))
@@ -176,11 +178,11 @@ class _Cuts:
     share: list[np.ndarray]
 
     @classmethod
-    def of(cls, ranking: Ranking, temperature: int, members: np.ndarray) -> _Cuts:
+    def of(cls, ranking: Ranking, scale: int, members: np.ndarray) -> _Cuts:
         place = ranking.place[members]
         cuts, where = np.unique(place, return_index=True)
-        head = ranking.head[temperature, members][where]
-        share = ranking.share[temperature, members][:, None] * (place[:, None] <= cuts) / np.where(head > 0, head, 1.0)
+        head = ranking.head[scale, members][where]
+        share = ranking.share[scale, members][:, None] * (place[:, None] <= cuts) / np.where(head > 0, head, 1.0)
         is_end = ranking.interest.kind[members] == 1
         children = ranking.interest.to[members[~is_end]].tolist()
         return cls(share[is_end].sum(0), children, list(share[~is_end]))

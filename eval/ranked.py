@@ -85,15 +85,20 @@ class RankedBlock:
         self.level = level.flatten()
         dead = level.isneginf()
         level = level.masked_fill(dead, 0.0)
-        self._tables: dict[str, Tensor] = {}
-        for name in sorted(moments):
-            at = torch.ones(1, dtype=torch.float64) if name in POWER else self.scales
-            table = torch.zeros((len(at), self.rows, self.width + 1), dtype=torch.float64)
-            for index, scale in enumerate(at):
-                d = scale * level
-                summand = MOMENTS[name](d, d.exp() if name not in POWER else d)
-                torch.cumsum(summand.masked_fill_(dead, 0.0), -1, out=table[index, :, 1:])
-            self._tables[name] = table.flatten()
+        size = self.rows, self.width + 1
+        self._tables = {
+            name: torch.empty((1 if name in POWER else len(self.scales), *size), dtype=torch.float64) for name in moments
+        }
+        for table in self._tables.values():
+            table[..., 0] = 0.0
+        for name in moments & set(POWER):
+            torch.cumsum(MOMENTS[name](level, level), -1, out=self._tables[name][0, :, 1:])
+        for index, scale in enumerate(self.scales):
+            d = scale * level
+            e = d.exp().masked_fill_(dead, 0.0)
+            for name in moments - set(POWER):
+                torch.cumsum(MOMENTS[name](d, e), -1, out=self._tables[name][index, :, 1:])
+        self._tables = {name: table.flatten() for name, table in self._tables.items()}
 
     def scale_index(self, scale: Tensor) -> Tensor:
         """Where each scale stands in ``scales``."""
@@ -123,26 +128,54 @@ class RankedBlock:
 class RankedRow(BaseRow):
     """B rows as the rules see them: row ``row`` of a block at scale number ``scale``, positions [lo, hi); all of shape (B,)."""
 
+    ISOLATED = 1e-3
+    """A range with less than this share of the mass ranked above it would lose digits as a difference of running sums."""
+
     def __init__(self, block: RankedBlock, row: Tensor, scale: Tensor, lo: Tensor, hi: Tensor):
         super().__init__()
         self.block, self.row, self.scale, self.lo, self.hi = block, row, scale, lo, hi
+        above = block.running("s", scale, row, lo)
+        within = block.running("s", scale, row, hi) - above
+        self._apart = (within < self.ISOLATED * above).nonzero()[:, 0]
+        self._own: dict[str, Tensor] = {}
+        self.reference = torch.zeros(len(row), dtype=torch.float64)
+        self.reference[self._apart] = self.value(lo)[self._apart]
 
     def value(self, position: Tensor) -> Tensor:
         """Logit at a position."""
         return self.block.scales[self.scale] * self.block.at(self.row, position)
 
     def mass(self, lo: Tensor, hi: Tensor) -> Tensor:
-        """Unnormalised probability of positions [lo, hi)."""
+        """Probability of positions [lo, hi) times a constant of the row, which exp(value - reference) has too."""
         return self._running("s", hi) - self._running("s", lo)
 
     def _running(self, name: str, position: Tensor) -> Tensor:
-        return self.block.running(name, self.scale, self.row, position)
+        sums = self.block.running(name, self.scale, self.row, position)
+        if len(self._apart):
+            apart = self._apart
+            inside = (position - self.lo)[apart].clamp(min=0)
+            table = self._own_table(name)
+            sums[apart] = table.gather(1, inside.clamp(max=table.shape[1] - 1)[:, None])[:, 0]
+        return sums
+
+    def _own_table(self, name: str) -> Tensor:
+        """Running sums of the isolated ranges from their own start, relative to their own largest logit."""
+        if name not in self._own:
+            apart = self._apart
+            length = (self.hi - self.lo)[apart, None]
+            step = torch.arange(int(length.max()))
+            position = torch.minimum(self.lo[apart, None] + step, self.hi[apart, None] - 1)
+            level = self.block.at(self.row[apart, None], position)
+            d = self.block.scales[self.scale[apart, None]] * (level - level[:, :1])
+            summand = torch.where(step < length, MOMENTS[name](d, d.exp()), 0.0)
+            self._own[name] = torch.nn.functional.pad(summand.cumsum(-1), (1, 0))
+        return self._own[name]
 
     def _moments(self, names: list[str]) -> Mapping[str, Tensor]:
         return {name: (self._running(name, self.hi) - self._running(name, self.lo))[:, None] for name in names}
 
     def _reference(self) -> Tensor:
-        return torch.zeros((len(self.row), 1), dtype=torch.float64)
+        return self.reference[:, None]
 
     @property
     def max(self) -> Tensor:

@@ -197,7 +197,9 @@ class TrieBuilder:
         tokens = self.encode(text)
         written = b"".join(self.vocabulary.bytes_of.get(t, b"\xff") for t in tokens)
         if written != text.encode():
-            raise DecalError(f"{source}: the tokenizer can't write {text!r}; its tokens give {written.decode(errors='replace')!r}")
+            raise DecalError(
+                f"{source}: the tokenizer can't write {text!r}; its tokens give {written.decode(errors='replace')!r}"
+            )
         return tokens
 
     @staticmethod

@@ -86,9 +86,7 @@ class ValidSet:
         return cls(automaton.initial, edges, automaton.finals.__contains__, source)
 
     @classmethod
-    def digits(
-        cls, n: int, *, sum_eq: int | None = None, sum_le: int | None = None, source: str = "digits"
-    ) -> ValidSet:
+    def digits(cls, n: int, *, sum_eq: int | None = None, sum_le: int | None = None, source: str = "digits") -> ValidSet:
         """``n`` digits separated by commas, whose sum equals ``sum_eq`` or is at most ``sum_le`` (or is free)."""
         if n < 1 or (sum_eq is not None and sum_le is not None):
             raise DecalError(f"{source}: digits needs n >= 1 and at most one of sum_eq and sum_le, got n={n}")
@@ -141,7 +139,7 @@ class ValidSet:
             state, text = stack.pop()
             if self._final(state):
                 yield text
-            stack += [(after, text + character) for character, after in reversed(self._edges[state].items())]
+            stack += [(after, text + character) for character, after in reversed(list(self._edges[state].items()))]
 
     def __repr__(self) -> str:
         return f"<ValidSet of {self.size} answers from {self.source}>"

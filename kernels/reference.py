@@ -40,6 +40,7 @@ def upper(z_BV: Tensor, *, count: Tensor | None = None, mass: Tensor | None = No
     if count is not None:
         index = count.long().expand_as(last) - 1
     else:
+        assert mass is not None
         reached = (ranked - ranked[:, :1]).exp().cumsum(-1)
         index = (reached < mass * reached.gather(-1, last)).sum(-1, keepdim=True)
     return ranked.gather(-1, index.minimum(last))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from decal.kernels.dispatch import choose
 from decal.samplers.errors import DecalError
-from decal.samplers.row import Affine, DenseRow
+from decal.samplers.row import DenseRow
 from decal.samplers.rule import Step, find
 
 if TYPE_CHECKING:
@@ -191,9 +191,7 @@ class Chain:
 
     def to_json(self) -> str:
         """JSON form; `from_json` reads it back. Per-row parameters are lists, infinity is the string "inf"."""
-        steps = [
-            {"rule": s.rule.name, **{name: _plain(value) for name, value in s.values.items()}} for s in self.steps
-        ]
+        steps = [{"rule": s.rule.name, **{name: _plain(value) for name, value in s.values.items()}} for s in self.steps]
         return json.dumps({"chain": steps}, allow_nan=False)
 
     def processor(self) -> ChainProcessor:

@@ -66,8 +66,7 @@ def _repeat(chain: Chain, times: int) -> Chain:
             replace(
                 step,
                 values={
-                    name: v.repeat_interleave(times, 0) if isinstance(v, torch.Tensor) else v
-                    for name, v in step.values.items()
+                    name: v.repeat_interleave(times, 0) if isinstance(v, torch.Tensor) else v for name, v in step.values.items()
                 },
             )
             for step in chain.steps

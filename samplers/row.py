@@ -37,18 +37,23 @@ class Row(Protocol):
     @property
     def max(self) -> Tensor:
         """The largest logit."""
+
     @property
     def logz(self) -> Tensor:
         """log of the sum of exp(logits)."""
+
     @property
     def entropy(self) -> Tensor:
         """Shannon entropy, in nats."""
+
     @property
     def collision(self) -> Tensor:
         """Collision probability, the sum of p^2."""
+
     @property
     def std(self) -> Tensor:
         """Population standard deviation of the logits."""
+
     @property
     def count(self) -> Tensor:
         """Number of kept tokens."""

@@ -6,7 +6,7 @@
         return row.max + torch.log(p)
 
 The body sees a `Row` and its parameters as (B, 1) or (1, 1) tensors. What it returns says what kind of rule it is: a tensor
-is the lowest logit kept (*truncation*), a `Band` the lowest and highest one (*band*), an `Affine` maps the logits (*reshaping*).
+is the lowest logit kept (*truncation*), a `Band` the lowest and highest one (*band*), an `Affine` a map (*reshaping*).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +61,7 @@ class Parameter:
             raise DecalError(f"{where} must be a number {self.allowed} or a (B, 1) tensor of them, got {value!r}")
         if not self._admits(float(value)):
             raise DecalError(f"{where} must be {self.allowed}, got {value!r}")
-        return int(value) if self.integer else float(value)
+        return int(float(value)) if self.integer else float(value)
 
     def _admits(self, value: float) -> bool:
         inside = self.low <= value <= self.high and (not self.integer or value == math.floor(value))
@@ -159,7 +159,7 @@ class Rule:
     def kind(self) -> str:
         """``truncation``, ``band`` or ``reshaping``."""
         answer = self._trace[0]
-        return {Band: "band", Affine: "reshaping"}.get(type(answer), "truncation")
+        return "band" if isinstance(answer, Band) else "reshaping" if isinstance(answer, Affine) else "truncation"
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,12 +180,12 @@ class Step:
     @property
     def is_off(self) -> bool:
         """Whether the values switch the rule off in every row."""
-        return all(
+        return bool(self.values) and all(
             bool((v == p.off).all()) if isinstance(v, Tensor) else v == p.off
             for v, p in zip(self.values.values(), self.rule.params.values(), strict=True)
         )
 
-    def answer(self, row: BaseRow, like: Tensor) -> Answer:
+    def answer(self, row: BaseRow, like: Tensor) -> Band | Affine:
         """The body's answer for ``row``, never dropping what must stay: rows switched off are left alone, and a truncation
         keeps the most probable token. ``like`` gives device and dtype."""
         values = {
@@ -195,8 +195,10 @@ class Step:
         answer = self.rule.body(row, **values)
         if isinstance(answer, Affine):
             return answer
-        off = torch.stack([v == p.off for v, p in zip(values.values(), self.rule.params.values(), strict=True)]).all(0)
         low, high = answer if isinstance(answer, Band) else (answer.minimum(row.max), torch.full_like(answer, torch.inf))
+        if not values:
+            return Band(low, high)
+        off = reduce(torch.logical_and, (values[name] == param.off for name, param in self.rule.params.items()))
         return Band(torch.where(off, -torch.inf, low), torch.where(off, torch.inf, high))
 
     def __str__(self) -> str:

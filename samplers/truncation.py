@@ -43,9 +43,7 @@ def min_p(row: Row, p: Tensor = Param(0.1, low=0, high=1, off=0.0, sweep=(0.01, 
 
 
 @rule(paper="arXiv:2411.07641")
-def top_n_sigma(
-    row: Row, n: Tensor = Param(1.0, low=0, off=math.inf, sweep=(0.3, 0.5, 0.7, 1.0, 1.5, 2.0))
-) -> Tensor:
+def top_n_sigma(row: Row, n: Tensor = Param(1.0, low=0, off=math.inf, sweep=(0.3, 0.5, 0.7, 1.0, 1.5, 2.0))) -> Tensor:
     """Keep logits within ``n`` standard deviations of the largest.
 
     Kept: z_i >= max_j z_j - n sd(z), sd the population standard deviation over the logits still alive. The same set before
@@ -55,9 +53,7 @@ def top_n_sigma(
 
 
 @rule(paper="arXiv:2210.15191")
-def epsilon(
-    row: Row, eps: Tensor = Param(9e-4, low=0, high=1, off=0.0, sweep=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
-) -> Tensor:
+def epsilon(row: Row, eps: Tensor = Param(9e-4, low=0, high=1, off=0.0, sweep=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1))) -> Tensor:
     """Keep tokens of probability at least ``eps``.
 
     Kept: p_i >= eps. Truncation Sampling as Language Model Desmoothing, Hewitt et al. 2022.
@@ -66,9 +62,7 @@ def epsilon(
 
 
 @rule(paper="arXiv:2210.15191")
-def eta(
-    row: Row, eps: Tensor = Param(2e-3, low=0, high=1, off=0.0, sweep=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
-) -> Tensor:
+def eta(row: Row, eps: Tensor = Param(2e-3, low=0, high=1, off=0.0, sweep=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1))) -> Tensor:
     """Keep tokens of probability at least ``eps``, or less where the entropy is high.
 
     Kept: p_i >= min(eps, sqrt(eps) exp(-H)). Truncation Sampling as Language Model Desmoothing, Hewitt et al. 2022.

@@ -1,0 +1,215 @@
+"""The main job: every setting of a grid on every task, exactly, with the oracles beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from decal.eval import oracle, rows
+from decal.eval.exact import Interest, Outcome, Rows, chain_flow, group, join, outcome
+from decal.eval.grid import Setting
+from decal.eval.models import LoadedModel
+from decal.eval.ranked import scales_of
+from decal.eval.task import Question
+from decal.eval.trie import TokenTrie, TrieBuilder
+from decal.eval.vocabulary import Vocabulary
+
+FLOORS = (0.5, 0.8, 0.9)
+ORACLES = ("oracle: size", "oracle: best cutoff", "oracle: validity mask", "oracle: completion counts")
+LEVEL = 0.95
+"""Confidence level of every interval."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The most diverse setting of a family whose mean validity reaches a floor. Intervals are over prompts."""
+
+    floor: float
+    setting: str
+    validity: float
+    diversity: float
+    low: float
+    high: float
+
+
+@dataclass
+class TaskResult:
+    """Everything computed for one task; S settings, D prompts.
+
+    Attributes:
+        question: the task.
+        prompts: the D prompts, as text.
+        nodes: size of the trie on the first prompt.
+        family, setting: (S,) what each setting is.
+        validity, diversity, slack: (S, D); diversity is NaN where validity is 0.
+    """
+
+    question: Question
+    prompts: list[str]
+    nodes: int
+    family: list[str]
+    setting: list[str]
+    validity: np.ndarray
+    diversity: np.ndarray
+    slack: np.ndarray
+
+    @property
+    def mean_validity(self) -> np.ndarray:
+        """(S,) averaged over prompts."""
+        return self.validity.mean(-1)
+
+    @property
+    def mean_diversity(self) -> np.ndarray:
+        """(S,) averaged over the prompts at which it is defined; NaN if there is none."""
+        defined = np.isfinite(self.diversity)
+        total = np.where(defined, self.diversity, 0.0).sum(-1)
+        return np.divide(total, defined.sum(-1), out=np.full(len(total), np.nan), where=defined.any(-1))
+
+    def families(self) -> list[str]:
+        """Families in the order they were tried."""
+        return list(dict.fromkeys(self.family))
+
+    def members(self, family: str) -> np.ndarray:
+        """Numbers of the settings of a family."""
+        return np.flatnonzero(np.asarray(self.family) == family)
+
+    def best(self, family: str, floor: float) -> Best | None:
+        """The most diverse setting of ``family`` with mean validity at least ``floor``, or None."""
+        members = self.members(family)
+        validity, diversity = self.mean_validity[members], self.mean_diversity[members]
+        # A validity of 1 is reached up to rounding only.
+        eligible = (validity >= floor - 1e-9) & np.isfinite(diversity)
+        if not eligible.any():
+            return None
+        chosen = members[np.argmax(np.where(eligible, diversity, -1.0))]
+        low, high = interval(self.diversity[chosen])
+        return Best(
+            floor,
+            self.setting[chosen],
+            float(self.mean_validity[chosen]),
+            float(self.mean_diversity[chosen]),
+            low,
+            high,
+        )
+
+
+def interval(sample: np.ndarray) -> tuple[float, float]:
+    """Student's interval for the mean of ``sample`` (D,), at `LEVEL`, cut to [0, 1]; NaN from fewer than two values."""
+    from scipy import stats
+
+    sample = sample[np.isfinite(sample)]
+    if len(sample) < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf((1 + LEVEL) / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
+    return float(max(sample.mean() - half, 0.0)), float(min(sample.mean() + half, 1.0))
+
+
+Report = Callable[[str, int, int], None]
+"""Told what is going on, and how many units of it are done of how many."""
+
+
+class Evaluation:
+    """Runs tasks on one model.
+
+    Args:
+        model: as `decal.eval.models.load` gives it.
+        settings: the grid.
+        seed: decides the exemplars of few-shot prompts.
+        cache: whether logits are kept on disk for the next run.
+        report: told about progress.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        settings: Sequence[Setting],
+        *,
+        seed: int = 0,
+        cache: bool = True,
+        report: Report = lambda what, done, total: None,
+    ):
+        self.model, self.settings, self.seed, self.cache, self.report = model, list(settings), seed, cache, report
+        self.chains = [s.chain for s in settings]
+        self.groups, self.misfits = group(self.chains)
+        ends = [scales_of(c.steps) for c in self.chains]
+        self.scales = sorted({found[-1] for found in ends if found}, reverse=True)
+        self.builder = TrieBuilder(self._encode, Vocabulary.of(model.tokenizer), end_tokens(model))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def check(self, question: Question) -> None:
+        """Raise DecalError if a task doesn't fit the model, before anything is computed."""
+        self.builder.build(question.valid, question.policy)
+        next(iter(question.prompts(self.model.tokenizer, self.seed)))
+
+    def run(self, question: Question) -> TaskResult:
+        """Evaluate every setting and oracle on a task. Raises DecalError if the task doesn't fit the model."""
+        prompts = list(question.prompts(self.model.tokenizer, self.seed))
+        outcomes = []
+        for number, (_, prompt) in enumerate(prompts, 1):
+            what = f"{question.task.name} {number}/{len(prompts)}"
+            trie, grow = self.builder.build(question.valid, question.policy)
+            trie, stored = rows.load_or_compute(
+                self.model.model,
+                self.model.fingerprint,
+                prompt,
+                trie,
+                question.policy,
+                grow,
+                cache=self.cache,
+                tick=self._ticker(f"{what}: reading prefixes", len(trie)),
+            )
+            outcomes.append(self._outcome(trie, stored, self._ticker(f"{what}: settings", len(trie))))
+        labels = self._labels(trie)
+        return TaskResult(
+            question=question,
+            prompts=[text for text, _ in prompts],
+            nodes=len(trie),
+            family=[family for family, _ in labels],
+            setting=[setting for _, setting in labels],
+            validity=np.stack([o.validity for o in outcomes], -1),
+            diversity=np.stack([o.diversity for o in outcomes], -1),
+            slack=np.stack([o.slack for o in outcomes], -1),
+        )
+
+    def _ticker(self, what: str, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def tick(amount: int) -> None:
+            nonlocal done
+            done += amount
+            self.report(what, min(done, total), total)
+
+        tick(0)
+        return tick
+
+    def _outcome(self, trie: TokenTrie, stored: Rows, tick: Callable[[int], None]) -> Outcome:
+        """All settings, then the oracles, in the order of `_labels`."""
+        ranking = oracle.Ranking(Interest.of(trie), self.scales)
+        groups = [*self.groups, oracle.size_group(trie, self.scales, len(self.chains))]
+        flow = chain_flow(trie, stored, self.chains, groups, self.misfits, observe=ranking, tick=tick)
+        cutoffs = [oracle.BestCutoffs(trie, ranking, i).flow() for i in range(len(self.scales))] if trie.one_path_each else []
+        every = [flow, *cutoffs, ranking.mask_flow(trie), oracle.count_flow(trie)]
+        return join([outcome(trie, part) for part in every])
+
+    def _labels(self, trie: TokenTrie) -> list[tuple[str, str]]:
+        """(family, setting) of every row of `_outcome`."""
+        size, best, mask, count = ORACLES
+        labels = [(s.family, str(s.chain)) for s in self.settings]
+        shapes = [f"temperature {1 / s:.4g}" if s else "uniform" for s in self.scales]
+        labels += [(size, f"the |G| most probable, {shape}") for shape in shapes]
+        if trie.one_path_each:
+            labels += [(best, f"best cutoffs, {shape}, price {p:g}") for shape in shapes for p in oracle.PRICES]
+        labels += [(mask, f"the valid tokens, {shape}") for shape in shapes]
+        return [*labels, (count, "in proportion to completions")]
+
+
+def end_tokens(model: LoadedModel) -> list[int]:
+    """Tokens at which the model stops of itself: those of its generation config and of its tokenizer."""
+    declared = model.model.generation_config.eos_token_id
+    tokens = declared if isinstance(declared, list) else [declared]
+    return sorted({t for t in [*tokens, model.tokenizer.eos_token_id] if t is not None})

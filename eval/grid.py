@@ -1,0 +1,121 @@
+"""Which settings are compared: lists of chains, each in a family that is tuned with the same number of settings."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from decal.samplers.chain import Chain, parse
+from decal.samplers.errors import DecalError
+from decal.samplers.rule import RULES, Rule, find
+
+TEMPERATURES = (0.01, 0.3, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
+"""Temperatures of arXiv 2605.11128."""
+
+PAPER = {
+    "top_k": (10, 20, 50, 80, 100, 500),
+    "top_p": (0.1, 0.5, 0.7, 0.9, 0.95),
+    "min_p": (0.01, 0.1, 0.5, 0.9),
+}
+"""Filter settings of arXiv 2605.11128; with no filter they make 16."""
+
+PARTNER = "min_p"
+"""The cut that a reshaping rule is tried after: without one it would be a temperature."""
+
+NAMES = ("quick", "paper")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A chain and the family of samplers it is counted under."""
+
+    family: str
+    chain: Chain
+
+
+def load(name: str) -> list[Setting]:
+    """The grid ``quick``, ``paper``, or that of a file; greedy and plain temperature are part of every grid.
+
+    ``quick`` tries every declared rule at the values it declares worth comparing, ``paper`` is the grid of arXiv 2605.11128;
+    both at every temperature, placed before and after. A file has one chain a line, where ``{a, b}`` stands for either value.
+
+    Raises:
+        DecalError: no such grid or file, or a line that isn't a chain.
+    """
+    if name == "quick":
+        return _unique(_plain() + _quick())
+    if name == "paper":
+        return _unique(_plain() + [s for rule, values in PAPER.items() for s in _both_orders(find(rule), values)])
+    return _unique(_plain() + _from_file(name))
+
+
+def _plain() -> list[Setting]:
+    chains = [find("temperature")(t) for t in TEMPERATURES]
+    return [Setting("greedy", find("temperature")(0.0)), *(Setting("temperature", chain) for chain in chains)]
+
+
+def _both_orders(rule: Rule, values: Sequence[float]) -> list[Setting]:
+    return [
+        Setting(rule.name, chain)
+        for t, value in itertools.product(TEMPERATURES, values)
+        for chain in (find("temperature")(t) | rule(value), rule(value) | find("temperature")(t))
+    ]
+
+
+def _quick() -> list[Setting]:
+    settings: list[Setting] = []
+    partner = find(PARTNER)
+    for rule in RULES.values():
+        values = next((p.sweep for p in rule.params.values()), ())
+        if rule.kind != "reshaping":
+            settings += _both_orders(rule, values)
+        else:
+            family = f"{PARTNER} | {rule.name}"
+            cuts = partner.params["p"].sweep
+            settings += [Setting(family, partner(cut) | rule(value)) for cut in cuts for value in values]
+    return settings
+
+
+def _from_file(name: str) -> list[Setting]:
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DecalError(f"unknown grid {name!r}: neither {' nor '.join(NAMES)}, and not a readable file ({reason})") from None
+    settings = []
+    for number, line in enumerate(lines, 1):
+        text = line.split("#")[0].strip()
+        try:
+            settings += [_family_of(parse(variant)) for variant in _variants(text)] if text else []
+        except DecalError as error:
+            raise DecalError(f"{name}:{number}: {error}") from None
+    if not settings:
+        raise DecalError(
+            f"{name}: no chain in the file; write one a line, such as temperature({{0.7, 1}}) | min_p({{0.05, 0.1}})"
+        )
+    return settings
+
+
+def _variants(text: str) -> list[str]:
+    """``f({a, b})`` as ``f(a)`` and ``f(b)``; several braces multiply."""
+    parts = re.split(r"\{([^{}]*)\}", text)
+    choices = [[part] if i % 2 == 0 else part.split(",") for i, part in enumerate(parts)]
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _family_of(chain: Chain) -> Setting:
+    if chain.per_row is not None:
+        raise DecalError(f"a grid needs one value per parameter, got {chain}")
+    names = [step.rule.name for step in chain.steps if step.rule.name != "temperature"]
+    return Setting(" | ".join(names) or "temperature", chain)
+
+
+def _unique(settings: list[Setting]) -> list[Setting]:
+    """The first of chains that are written alike, or that differ only in steps that do nothing."""
+    seen: dict[tuple[str, ...], Setting] = {}
+    for setting in settings:
+        seen.setdefault(tuple(str(step) for step in setting.chain.steps if not step.is_off), setting)
+    return list(seen.values())
