@@ -168,12 +168,12 @@ def tasks_() -> None:
     from decal.eval import task
 
     table = Table(box=None, padding=(0, 2))
-    for heading in ("name", "answers", "default", "prompt", "few-shot label"):
+    for heading in ("name", "answers", "default", "few-shot label"):
         table.add_column(heading)
     for name in task.builtin_names():
         question = task.load(name)
         default = "yes" if name in task.DEFAULT_TASKS else ""
-        table.add_row(name, str(question.valid.size), default, question.task.prompt, question.task.label)
+        table.add_row(name, str(question.valid.size), default, question.task.label)
     console = _console()
     console.print(table)
     console.print("\n--task also takes a YAML file of the same form; see the README.")

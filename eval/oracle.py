@@ -33,7 +33,17 @@ PRICES = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.
 
 def valid_next(trie: TokenTrie) -> np.ndarray:
     """(n,) number of valid next tokens, |G|, of each node; the end counts once."""
-    return np.asarray([len(c) + (a >= 0 and bool(trie.ends)) for c, a in zip(trie.children, trie.answer, strict=True)])
+    live = leads_somewhere(trie)
+    ends = np.asarray(trie.answer) >= 0 if trie.ends else np.zeros(len(trie), dtype=bool)
+    return np.asarray([sum(live[c] for c in children.values()) for children in trie.children]) + ends
+
+
+def leads_somewhere(trie: TokenTrie) -> np.ndarray:
+    """(n,) whether an answer ends at a node or below it; not so where a spelling was followed and then given up."""
+    live = np.asarray(trie.answer) >= 0
+    for node in range(len(trie) - 1, 0, -1):
+        live[trie.parent[node]] |= live[node]
+    return live
 
 
 def size_group(trie: TokenTrie, scales: Sequence[float], offset: int) -> Group:
@@ -92,10 +102,10 @@ class Ranking:
     def mask_flow(self, trie: TokenTrie) -> Flow:
         """The validity-mask oracle at each scale."""
         flow = Flow.empty(len(self.scales), trie)
-        on_trie = self.interest.kind < 2
+        on_trie = (self.interest.kind < 2) & leads_somewhere(trie)[self.interest.to]
         total = np.zeros((len(self.scales), len(trie)))
         np.add.at(total.T, self.interest.node[on_trie], self.share[:, on_trie].T)
-        share = self.share / np.where(total > 0, total, 1.0)[:, self.interest.node]
+        share = np.where(on_trie, self.share, 0.0) / np.where(total > 0, total, 1.0)[:, self.interest.node]
         step, end = self.interest.kind == 0, self.interest.kind == 1
         flow.arrive[:, self.interest.to[step]] = torch.from_numpy(share[:, step])
         flow.end.index_add_(1, torch.from_numpy(self.interest.to[end]), torch.from_numpy(share[:, end]))

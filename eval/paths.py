@@ -13,7 +13,10 @@ from pathlib import Path
 from decal.samplers.errors import DecalError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_FORBIDDEN = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "ENOENT", "EISDIR", "EINVAL", "ENAMETOOLONG", "ELOOP")
+}
 
 
 def cache_dir() -> Path:
@@ -35,11 +38,12 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        elsewhere = " or set DECAL_CACHE to another folder" if folder.is_relative_to(cache_dir()) else ""
         if error.errno in _FULL:
-            raise DecalError(f"disk full while writing in {folder}; free some space or set DECAL_CACHE") from error
+            raise DecalError(f"disk full while writing in {folder}; free some space{elsewhere}") from error
         if error.errno in _FORBIDDEN:
             reason = error.strerror or type(error).__name__
-            raise DecalError(f"cannot write in {folder}: {reason}; set DECAL_CACHE to a folder you own") from error
+            raise DecalError(f"cannot write in {folder}: {reason}; make it writable{elsewhere}") from error
         raise
 
 

@@ -1,8 +1,8 @@
 """How truncation errors compound over steps: the sequence precision and recall of arXiv 2605.11128, as products.
 
 A cutoff keeps a set of next tokens at every prefix. ``Q`` draws uniformly from the kept sets; precision is ``Q(Y in V)``,
-recall the share of valid answers whose every step is kept. Theorem E.1: each is exactly the product over steps of its expected local
-value, given that all went well so far.
+recall the share of valid answers whose every step is kept. Theorem E.1: each is exactly the product over steps of its
+expected local value, given that all went well so far.
 """
 
 from __future__ import annotations
