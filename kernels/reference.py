@@ -38,7 +38,7 @@ def upper(z_BV: Tensor, *, count: Tensor | None = None, mass: Tensor | None = No
     ranked = z_BV.sort(-1, descending=True).values
     last = (ranked.isfinite().sum(-1, keepdim=True) - 1).clamp(min=0)
     if count is not None:
-        index = count.long().expand_as(last) - 1
+        index = count.clamp(1, ranked.shape[-1]).long().expand_as(last) - 1
     else:
         assert mass is not None
         reached = (ranked - ranked[:, :1]).exp().cumsum(-1)
@@ -69,9 +69,14 @@ def keep_between(z_BV: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def affine(z_BV: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale * z + shift`` of the kept tokens; an infinite scale is the limit, where only the modes stay."""
-    modes = torch.where(z_BV == z_BV.amax(-1, keepdim=True), z_BV, -torch.inf)
+    peak = z_BV.amax(-1, keepdim=True)
+    modes = torch.where(z_BV == peak, z_BV, -torch.inf)
     finite = torch.where(scale.isinf(), 1.0, scale)
-    return torch.where(scale.isinf(), modes, torch.where(z_BV.isfinite(), finite * z_BV + shift, -torch.inf))
+    # Only differences matter, so a row that would overflow is moved to have its largest at 0.
+    fits = (finite * peak + shift).isfinite()
+    mapped = finite * (z_BV - torch.where(fits, 0.0, peak)) + torch.where(fits, shift, 0.0)
+    mapped = mapped.clamp(min=torch.finfo(z_BV.dtype).min)
+    return torch.where(scale.isinf(), modes, torch.where(z_BV.isfinite(), mapped, -torch.inf))
 
 
 def narrow(z_BV: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,4 +87,4 @@ def narrow(z_BV: Tensor, dtype: torch.dtype) -> Tensor:
     top = torch.finfo(dtype).max
     peak = z_BV.amax(-1, keepdim=True)
     moved = torch.where(peak.isfinite() & (peak.abs() > top / 2), z_BV - peak, z_BV)
-    return torch.where(moved.isfinite(), moved.clamp(min=-top), -torch.inf).to(dtype)
+    return torch.where(z_BV.isneginf(), -torch.inf, moved.clamp(min=-top)).to(dtype)

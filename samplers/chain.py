@@ -25,9 +25,9 @@ from decal.samplers.rule import Step, find
 if TYPE_CHECKING:
     from decal.samplers.processor import ChainProcessor
 
-SURVIVES_CUT = frozenset({"max", "upper(count)"})
-"""What a truncation leaves unchanged, as far as a later truncation is concerned: the largest logit, and the k-th largest
-(where fewer than k tokens are left, the earlier cut is the stricter one)."""
+SURVIVES_CUT = frozenset({"max", "k-th largest"})
+"""What a truncation leaves unchanged, as far as a later truncation is concerned: the largest logit, and a threshold at the k-th
+largest (where fewer than k tokens are left, the earlier cut is the stricter one)."""
 
 
 @dataclass
@@ -47,7 +47,9 @@ class Pass:
         if step.rule.kind == "reshaping" and self.write and reads:
             return f"{step.rule.name} reads what {self.write[-1].rule.name} has reshaped"
         for earlier in self.cut:
-            changed = reads if earlier.rule.kind == "band" else reads - SURVIVES_CUT
+            # A truncation may not drop the mode, so it reads the largest logit, which a band may have dropped.
+            needed = reads | {"max"} if step.rule.kind == "truncation" else reads
+            changed = needed if earlier.rule.kind == "band" else needed - SURVIVES_CUT
             if changed:
                 return f"{step.rule.name} reads {', '.join(sorted(changed))}, which {earlier.rule.name} changes"
         return None
@@ -230,9 +232,12 @@ def parse(text: str) -> Chain:
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
+        steps = tuple(_parse_steps(tree, text))
+    except DecalError:
+        raise
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise DecalError(f"a chain is written rule(value) | rule(value) | ..., got {text!r}") from None
-    return Chain(tuple(_parse_steps(tree, text)))
+    return Chain(steps)
 
 
 def _parse_steps(node: ast.expr, text: str) -> list[Step]:
@@ -244,6 +249,10 @@ def _parse_steps(node: ast.expr, text: str) -> list[Step]:
         if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
             raise DecalError(f"{node.func.id}: * and ** have no meaning in a chain's text, got {text!r}")
         rule = find(node.func.id)
+        names = [k.arg for k in node.keywords]
+        for name in names:
+            if names.count(name) > 1:
+                raise DecalError(f"{rule.name}: {name} was given twice")
         args = [_parse_value(a, rule.name) for a in node.args]
         return [rule.step(*args, **{str(k.arg): _parse_value(k.value, rule.name) for k in node.keywords})]
     raise DecalError(f"a chain is written rule(value) | rule(value) | ..., got {ast.unparse(node)!r} in {text!r}")
@@ -256,13 +265,13 @@ def _parse_value(node: ast.expr, rule: str) -> Any:
         return _column([_parse_value(element, rule) for element in node.elts], rule)
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         raise DecalError(f"{rule}: a value must be a number, inf, or a list of them, got {ast.unparse(node)}") from None
 
 
 def _column(values: Iterable[Any], rule: str) -> Tensor:
     column = list(values)
-    if not column or not all(isinstance(v, (int, float)) for v in column):
+    if not column or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in column):
         raise DecalError(f"{rule}: a list must hold one number per row, got {column!r}")
     return torch.tensor(column, dtype=torch.float64)[:, None]
 
@@ -276,7 +285,7 @@ def from_json(text: str) -> Chain:
     try:
         steps = json.loads(text)["chain"]
         named = [(step["rule"], {k: v for k, v in step.items() if k != "rule"}) for step in steps]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DecalError(f'a chain in JSON is {{"chain": [{{"rule": name, parameter: value}}, ...]}}, got {text!r}') from None
     return Chain(tuple(find(name).step(**{k: _unplain(v, name) for k, v in values.items()}) for name, values in named))
 

@@ -79,10 +79,10 @@ def generate_kwargs(chain: Chain, kwargs: dict[str, Any]) -> dict[str, Any]:
     beside = sorted((set(kwargs) & set(NEUTRAL)) | ({"generation_config"} & set(kwargs)))
     if beside:
         raise DecalError(f"generate_kwargs: {', '.join(beside)} would act beside the chain {chain}; put it into the chain")
-    processors = [*kwargs.pop("logits_processor", []), chain.processor()]
+    processors = [*(kwargs.pop("logits_processor", None) or []), chain.processor()]
     known = GenerationConfig()
     neutral = {name: value for name, value in NEUTRAL.items() if hasattr(known, name)}
-    beams = kwargs.setdefault("num_beams", 1)
+    beams = kwargs["num_beams"] = kwargs.get("num_beams") or 1
     # A beam's score adds up log-probabilities, which a chain's output is only up to a constant of its row.
     normalised = {"renormalize_logits": True} if beams > 1 else {}
     return {"do_sample": True, **neutral, **normalised, **kwargs, "logits_processor": processors}

@@ -97,6 +97,7 @@ class DenseRow(BaseRow):
     def __init__(self, z_BV: Tensor, backend: ModuleType):
         super().__init__()
         self._z, self._backend = z_BV, backend
+        self.kth: Tensor | None = None  # the last k-th largest asked for
 
     def _moments(self, names: list[str]) -> Mapping[str, Tensor]:
         return self._backend.moments(self._z, names)
@@ -111,7 +112,10 @@ class DenseRow(BaseRow):
 
     def upper(self, *, count: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
         self.reads.add("upper(mass)" if count is None else "upper(count)")
-        return self._backend.upper(self._z, count=count, mass=mass)
+        answer = self._backend.upper(self._z, count=count, mass=mass)
+        if count is not None:
+            self.kth = answer
+        return answer
 
     def nearest(self, center: Tensor, mass: Tensor) -> Band:
         self.reads.add("nearest")

@@ -59,13 +59,17 @@ class Parameter:
             return self._check_tensor(where, value)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise DecalError(f"{where} must be a number {self.allowed} or a (B, 1) tensor of them, got {value!r}")
-        if not self._admits(float(value)):
+        try:
+            admitted = self._admits(float(value))
+        except OverflowError:
+            admitted = False
+        if not admitted:
             raise DecalError(f"{where} must be {self.allowed}, got {value!r}")
         return int(float(value)) if self.integer else float(value)
 
     def _admits(self, value: float) -> bool:
-        inside = self.low <= value <= self.high and (not self.integer or value == math.floor(value))
-        return value == self.off or (inside and math.isfinite(value))
+        inside = math.isfinite(value) and self.low <= value <= self.high
+        return value == self.off or (inside and (not self.integer or value == math.floor(value)))
 
     def _check_tensor(self, where: str, value: Tensor) -> Tensor:
         if value.dim() != 2 or value.shape[1] != 1 or value.shape[0] == 0:
@@ -113,10 +117,13 @@ class Rule:
         object.__setattr__(self, "__doc__", inspect.getdoc(self.body))
         object.__setattr__(self, "__name__", self.name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Chain:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Chain:
         from decal.samplers.chain import Chain
 
         return Chain((self.step(*args, **kwargs),))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return find, (self.name,)
 
     def __repr__(self) -> str:
         return f"<rule {self.name}({', '.join(f'{k}={v.default:g}' for k, v in self.params.items())}), {self.paper}>"
@@ -126,7 +133,7 @@ class Rule:
         """First line of the docstring: the kept set in words."""
         return (inspect.getdoc(self.body) or "").split("\n")[0]
 
-    def step(self, *args: Any, **kwargs: Any) -> Step:
+    def step(self, /, *args: Any, **kwargs: Any) -> Step:
         """Bind and check parameter values. Raises DecalError."""
         names = list(self.params)
         if len(args) > len(names):
@@ -148,7 +155,9 @@ class Rule:
         row = DenseRow(torch.tensor([[0.0, -1.0]], dtype=torch.float64), reference)
         values = {name: torch.tensor([[p.default]], dtype=torch.float64) for name, p in self.params.items()}
         answer = self.body(row, **values)
-        return answer, frozenset(row.reads)
+        # Unlike what is computed from it, the k-th largest as the threshold itself survives earlier cuts.
+        reads = row.reads - {"upper(count)"} | {"k-th largest"} if answer is row.kth else row.reads
+        return answer, frozenset(reads)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -189,24 +198,28 @@ class Step:
         """The body's answer for ``row``, never dropping what must stay: rows switched off are left alone, and a truncation
         keeps the most probable token. ``like`` gives device and dtype."""
         values = {
-            name: v.to(like) if isinstance(v, Tensor) else torch.full((1, 1), v, dtype=like.dtype, device=like.device)
+            name: v.to(like) if isinstance(v, Tensor) else torch.full((1, 1), float(v), dtype=like.dtype, device=like.device)
             for name, v in self.values.items()
         }
         answer = self.rule.body(row, **values)
+        off = reduce(
+            torch.logical_and,
+            (values[name] == param.off for name, param in self.rule.params.items()),
+            torch.tensor(bool(values), device=like.device),
+        )
         if isinstance(answer, Affine):
-            return answer
+            return Affine(torch.where(off, 1.0, answer.scale), torch.where(off, 0.0, answer.shift))
         low, high = answer if isinstance(answer, Band) else (answer.minimum(row.max), torch.full_like(answer, torch.inf))
-        if not values:
-            return Band(low, high)
-        off = reduce(torch.logical_and, (values[name] == param.off for name, param in self.rule.params.items()))
         return Band(torch.where(off, -torch.inf, low), torch.where(off, torch.inf, high))
 
     def __str__(self) -> str:
-        return f"{self.rule.name}({', '.join(_text(v) for v in self.values.values())})"
+        return f"{self.rule.name}({', '.join(_text(v, self.rule.params[n].integer) for n, v in self.values.items())})"
 
 
-def _text(value: Value) -> str:
-    return repr(value[:, 0].tolist()) if isinstance(value, Tensor) else repr(value)
+def _text(value: Value, integer: bool) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return repr([int(v) if integer and math.isfinite(v) else float(v) for v in value[:, 0].tolist()])
 
 
 RULES: dict[str, Rule] = {}
@@ -233,8 +246,8 @@ def rule(*, paper: str) -> Callable[[Callable[..., Answer]], Rule]:
 
 def find(name: str) -> Rule:
     """The rule called ``name``. Raises DecalError that names near misses."""
-    if name in RULES:
+    if isinstance(name, str) and name in RULES:
         return RULES[name]
-    near = difflib.get_close_matches(name, RULES, n=1)
+    near = difflib.get_close_matches(str(name), RULES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise DecalError(f"unknown sampler {name!r}{hint} (known: {', '.join(sorted(RULES))})")
