@@ -25,6 +25,9 @@ NEUTRAL: dict[str, Any] = {
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "guidance_scale": None,
 }
 """Settings of ``generate`` that reshape the distribution, at the values that don't. Hub models carry some in their generation
 configs, and ``generate`` would apply them beside the chain."""
