@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line; bad input ends in one line and exit code 2."""
+    # Waiting threads that spin make every small operation slow on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import click
         import rich  # noqa: F401

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decal.eval.ranked import RankedBlock, RankedRow, moments_of, scales_of
+from decal.eval.forward import needed
+from decal.eval.ranked import RankedBlock, RankedRow, moments_of, plain, scales_of
 from decal.eval.trie import TokenTrie
 from decal.samplers.chain import Chain
 from decal.samplers.errors import DecalError
@@ -143,7 +144,8 @@ def diversity(answers: np.ndarray) -> np.ndarray:
     total = answers.sum(-1, keepdims=True)
     share = np.divide(answers, total, out=np.zeros_like(answers), where=total > 0)
     entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(-1)
-    return np.where(total[:, 0] > 0, np.exp(entropy) / answers.shape[1], np.nan)
+    # Rounding may lift the exponential a hair above the number of answers.
+    return np.where(total[:, 0] > 0, np.minimum(np.exp(entropy) / answers.shape[1], 1.0), np.nan)
 
 
 @dataclass
@@ -198,7 +200,7 @@ def flows(
     moments = moments_of(rule for g in groups for rule in g.rules)
     interest = Interest.of(trie)
     flow = Flow.empty(settings, trie)
-    for nodes, logits in rows:
+    for nodes, logits in _every_needed_once(trie, rows):
         tables = len(moments) * len(scales) + 3
         size = max(1, MEMORY // (8 * logits.shape[1] * tables))
         for start in range(0, len(nodes), size):
@@ -208,6 +210,20 @@ def flows(
             if tick:
                 tick(len(part))
     return flow
+
+
+def _every_needed_once(trie: TokenTrie, rows: Rows) -> Rows:
+    """``rows``, checked: a missing row would pass for a validity of 0, a repeated one would count twice."""
+    missing = {node for node in range(len(trie)) if needed(trie, node)}
+    seen: set[int] = set()
+    for nodes, logits in rows:
+        again = seen & set(nodes)
+        if again:
+            raise DecalError(f"rows: node {min(again)} is given twice")
+        seen |= set(nodes)
+        yield nodes, logits
+    if missing - seen:
+        raise DecalError(f"rows: {len(missing - seen)} of {len(missing)} nodes are missing, such as {min(missing - seen)}")
 
 
 def _flow_block(
@@ -221,8 +237,8 @@ def _flow_block(
 ) -> None:
     here, place = interest.within(nodes)
     row = torch.from_numpy(place)
-    value = logits.float().cpu()[row, torch.from_numpy(here.token)].double()
-    level = value - logits.float().cpu().amax(-1).double()[row]
+    values = plain(logits)
+    level = values[row, torch.from_numpy(here.token)].double() - values.amax(-1).double()[row]
     position = torch.where(level.isfinite(), block.position(row, level), block.width)
     if observe:
         observe(block, here, row, position)
@@ -266,7 +282,7 @@ def dense_flow(trie: TokenTrie, rows: Rows, processors: Sequence[Callable[[Tenso
     """
     interest = Interest.of(trie)
     flow = Flow.empty(len(processors), trie)
-    for nodes, logits in rows:
+    for nodes, logits in _every_needed_once(trie, rows):
         here, place = interest.within(list(nodes))
         index = torch.from_numpy(place), torch.from_numpy(here.token)
         for number, processor in enumerate(processors):

@@ -44,6 +44,8 @@ class TaskResult:
         nodes: size of the trie on the first prompt.
         family, setting: (S,) what each setting is.
         validity, diversity, slack: (S, D); diversity is NaN where validity is 0.
+        bounds: (D, G) diversity that no rank cutoff can exceed at each of `oracle.VALIDITIES`; None if an answer has several
+            token sequences.
     """
 
     question: Question
@@ -54,6 +56,12 @@ class TaskResult:
     validity: np.ndarray
     diversity: np.ndarray
     slack: np.ndarray
+    bounds: np.ndarray | None
+
+    def bound(self, floor: float) -> float:
+        """Mean diversity that no rank cutoff with mean validity at least ``floor`` can exceed, at the temperatures of the grid;
+        NaN if unknown, or if none reaches the floor."""
+        return float("nan") if self.bounds is None else oracle.mean_bound(self.bounds, floor)
 
     @property
     def mean_validity(self) -> np.ndarray:
@@ -62,10 +70,8 @@ class TaskResult:
 
     @property
     def mean_diversity(self) -> np.ndarray:
-        """(S,) averaged over the prompts at which it is defined; NaN if there is none."""
-        defined = np.isfinite(self.diversity)
-        total = np.where(defined, self.diversity, 0.0).sum(-1)
-        return np.divide(total, defined.sum(-1), out=np.full(len(total), np.nan), where=defined.any(-1))
+        """(S,) averaged over prompts; NaN unless it is defined on all, lest failing on one be an advantage."""
+        return self.diversity.mean(-1)
 
     def families(self) -> list[str]:
         """Families in the order they were tried."""
@@ -149,7 +155,7 @@ class Evaluation:
     def run(self, question: Question) -> TaskResult:
         """Evaluate every setting and oracle on a task. Raises DecalError if the task doesn't fit the model."""
         prompts = list(question.prompts(self.model.tokenizer, self.seed))
-        outcomes = []
+        outcomes, bounds = [], []
         for number, (_, prompt) in enumerate(prompts, 1):
             what = f"{question.task.name} {number}/{len(prompts)}"
             trie, grow = self.builder.build(question.valid, question.policy)
@@ -163,8 +169,10 @@ class Evaluation:
                 cache=self.cache,
                 tick=self._ticker(f"{what}: reading prefixes", len(trie)),
             )
-            outcomes.append(self._outcome(trie, stored, self._ticker(f"{what}: settings", len(trie))))
-        labels = self._labels(trie)
+            outcome_, bound = self._outcome(question, trie, stored, self._ticker(f"{what}: settings", len(trie)))
+            outcomes.append(outcome_)
+            bounds.append(bound)
+        labels = self._labels(question)
         return TaskResult(
             question=question,
             prompts=[text for text, _ in prompts],
@@ -174,6 +182,7 @@ class Evaluation:
             validity=np.stack([o.validity for o in outcomes], -1),
             diversity=np.stack([o.diversity for o in outcomes], -1),
             slack=np.stack([o.slack for o in outcomes], -1),
+            bounds=np.stack(bounds) if question.policy.one_path_each else None,
         )
 
     def _ticker(self, what: str, total: int) -> Callable[[int], None]:
@@ -187,22 +196,26 @@ class Evaluation:
         tick(0)
         return tick
 
-    def _outcome(self, trie: TokenTrie, stored: Rows, tick: Callable[[int], None]) -> Outcome:
-        """All settings, then the oracles, in the order of `_labels`."""
+    def _outcome(
+        self, question: Question, trie: TokenTrie, stored: Rows, tick: Callable[[int], None]
+    ) -> tuple[Outcome, np.ndarray]:
+        """All settings, then the oracles, in the order of `_labels`; and the bound on rank cutoffs."""
         ranking = oracle.Ranking(Interest.of(trie), self.scales)
         groups = [*self.groups, oracle.size_group(trie, self.scales, len(self.chains))]
         flow = chain_flow(trie, stored, self.chains, groups, self.misfits, observe=ranking, tick=tick)
-        cutoffs = [oracle.BestCutoffs(trie, ranking, i).flow() for i in range(len(self.scales))] if trie.one_path_each else []
-        every = [flow, *cutoffs, ranking.mask_flow(trie), oracle.count_flow(trie)]
-        return join([outcome(trie, part) for part in every])
+        one_path = question.policy.one_path_each
+        cutoffs = [oracle.BestCutoffs(trie, ranking, i) for i in range(len(self.scales))] if one_path else []
+        every = [flow, *(c.flow() for c in cutoffs), ranking.mask_flow(trie), oracle.count_flow(trie)]
+        bound = np.fmax.reduce([c.bound() for c in cutoffs]) if cutoffs else np.full(len(oracle.VALIDITIES), np.nan)
+        return join([outcome(trie, part) for part in every]), bound
 
-    def _labels(self, trie: TokenTrie) -> list[tuple[str, str]]:
+    def _labels(self, question: Question) -> list[tuple[str, str]]:
         """(family, setting) of every row of `_outcome`."""
         size, best, mask, count = ORACLES
         labels = [(s.family, str(s.chain)) for s in self.settings]
         shapes = [f"temperature {1 / s:.4g}" if s else "uniform" for s in self.scales]
         labels += [(size, f"the |G| most probable, {shape}") for shape in shapes]
-        if trie.one_path_each:
+        if question.policy.one_path_each:
             labels += [(best, f"best cutoffs, {shape}, price {p:g}") for shape in shapes for p in oracle.PRICES]
         labels += [(mask, f"the valid tokens, {shape}") for shape in shapes]
         return [*labels, (count, "in proportion to completions")]

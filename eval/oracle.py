@@ -4,14 +4,15 @@
 oracle     knows                                   what falls short of (1, 1) there
 ========== ======================================= =====================================================================
 size       how many next tokens are valid          keeps that many from the top: still a rank cutoff
-best       which are valid, but may only cut       no rank cutoff on the same logits does better: what is missing is order
+best       which are valid, but may only cut       hardly more can be had by cutting: what is missing is order
 mask       which are valid, and keeps just those   the model's shape within the valid tokens
 count      how many answers each leads to          nothing: validity and diversity are 1 (Doob transform of the uniform law)
 ========== ======================================= =====================================================================
 
-All but ``count`` are tried at every scale (1 / temperature, 0 for uniform) that a setting of the grid ends at, so that ``best``
-bounds every rank cutoff among them. The end of an answer counts as one valid next token, however many tokens end it. Letting go
-of some valid tokens can even out the law over answers, so ``best`` may be more diverse than ``mask``.
+All but ``count`` are tried at every scale (1 / temperature, 0 for uniform) that a setting of the grid ends at. The end of an
+answer counts as one valid next token, however many tokens end it. ``best`` are actual cutoffs; what no cutoff at these scales
+can exceed is `BestCutoffs.bound`. Letting go of some valid tokens can even out the law over answers, so ``best`` may be more
+diverse than ``mask``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from decal.eval.ranked import RankedBlock, first
 from decal.eval.trie import TokenTrie
 from decal.samplers.rule import find
 
-PRICES = (-4.0, -2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 24.0)
+PRICES = (-6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 24.0, 40.0)
 """Prices of validity, in nats of entropy, at which the best cutoffs are computed."""
+
+VALIDITIES = np.concatenate([[1e-9], np.arange(1, 199) / 200, 1 - np.array([3e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 0.0])])
+"""(G,) ascending validities at which the bound on rank cutoffs is computed."""
 
 
 def valid_next(trie: TokenTrie) -> np.ndarray:
@@ -46,12 +50,28 @@ def leads_somewhere(trie: TokenTrie) -> np.ndarray:
     return live
 
 
+def mean_bound(bounds: np.ndarray, floor: float) -> float:
+    """Mean diversity over D prompts that no rank cutoffs with mean validity at least ``floor`` can exceed; NaN if none has it.
+
+    Args:
+        bounds: (D, G) what `BestCutoffs.bound` gives for each prompt.
+
+    By duality again: for every exchange rate of diversity for validity, each prompt may choose its own validity.
+    """
+    if len(bounds) == 1:
+        return float(bounds[0, max(0, np.searchsorted(VALIDITIES, floor + 1e-9) - 1)])
+    most = np.append(VALIDITIES[1:], 1.0)
+    rates = np.concatenate([[0.0], np.geomspace(1e-3, 1e4, 300)])
+    gain = np.where(np.isfinite(bounds), bounds, -np.inf) + rates[:, None, None] * (most - floor)
+    best = float(gain.max(-1).mean(-1).min())
+    return best if best > 0 else float("nan")
+
+
 def size_group(trie: TokenTrie, scales: Sequence[float], offset: int) -> Group:
     """The size oracle at each scale, as a chain whose k differs by node; settings are numbered from ``offset``."""
     k = torch.from_numpy(np.maximum(valid_next(trie), 1)).double().expand(len(scales), -1)
-    # Any scale, also 0, is one minus a strength.
-    strength = 1 - torch.tensor(scales, dtype=torch.float64)[:, None]
-    rules, values = (find("top_k"), find("flatten")), ({"k": k}, {"strength": strength})
+    t = 1 / torch.tensor(scales, dtype=torch.float64)[:, None]  # infinite at scale 0, and its inverse 0 again
+    rules, values = (find("top_k"), find("temperature")), ({"k": k}, {"t": t})
     return Group(rules, values, tuple(range(offset, offset + len(scales))), frozenset(scales))
 
 
@@ -116,16 +136,19 @@ class BestCutoffs:
     """The rank cutoffs that buy the most entropy for their validity, at one scale.
 
     Among all choices of one cutoff per node it maximises ``-sum_y p(y) ln p(y) + price * sum_y p(y)`` over valid answers y.
-    At equal validity a larger first term is a larger diversity, so over all prices these are the points no rank cutoff beats:
-    they span the upper concave hull of what cutoffs reach. The maximum is a dynamic programme: below a node reached with
-    probability r it is the same problem at ``price - ln r``, so each node has a value function of the price, kept on a grid and
-    interpolated; the cutoffs found are then evaluated exactly.
+    The maximum is a dynamic programme: below a node reached with probability r it is the same problem at ``price - ln r``, so
+    each node has a value function of the price, kept on a grid and interpolated; the cutoffs found are then evaluated exactly.
 
-    It needs one path per answer; see `TokenTrie.one_path_each`.
+    A cutoff behind an invalid token dilutes what stands before it, which costs validity but can even out the law over answers.
+    So behind each valid token cutoffs are tried at several amounts of invalid probability, as if it came in any amount; finite
+    steps are the only approximation. It changes the maximum at the rate ``entropy + (price - 1) * validity`` of what stands
+    there, so from a price of 1 on there is no approximation, and actual cutoffs come out.
+
+    It needs one path per answer; see `Policy.one_path_each`.
     """
 
     STEP = 0.25
-    GRID = np.arange(-8.0, 60.0, STEP)
+    GRID = np.arange(-10.0, 50.0, STEP)
 
     def __init__(self, trie: TokenTrie, ranking: Ranking, scale: int):
         self.trie = trie
@@ -156,6 +179,21 @@ class BestCutoffs:
         value = self.value[node]
         return value[left] + (place - left) * (value[left + 1] - value[left])
 
+    def bound(self) -> np.ndarray:
+        """(G,) diversity that no rank cutoff with at least each of `VALIDITIES` can exceed; NaN where none has that much.
+
+        Where the price of validity is below 1 it holds up to the steps in dilution, a hundredth of it at the most.
+
+        By duality: with validity v the entropy sum is at most ``maximum(price) - price * v`` for every price. As a bound on
+        ``ln(diversity * |V|)`` that falls and then rises with v, so between two points it is largest at one of them.
+        """
+        v = VALIDITIES[:, None]
+        at = (self.value[0] - self.GRID * v) / v + np.log(v)
+        entropy = np.maximum(at, [*at[1:], at[-1]]).min(-1)
+        # An answer alone has entropy 0; a bound below that says that the validity is out of reach.
+        held = np.where(entropy > -1e-6, np.exp(np.minimum(entropy - np.log(self.trie.size), 0.0)), np.nan)
+        return np.fmax.accumulate(held[::-1])[::-1]
+
     def flow(self, prices: Sequence[float] = PRICES) -> Flow:
         """Follow the best cutoff of every node, one setting for each price."""
         flow = Flow.empty(len(prices), self.trie)
@@ -175,7 +213,7 @@ class BestCutoffs:
 
 @dataclass(frozen=True)
 class _Cuts:
-    """The cutoffs worth considering at a node, one after each valid token: what each gives the valid next steps.
+    """The cutoffs worth considering at a node: what each gives the valid next steps.
 
     Attributes:
         end: (cuts,) probability of ending.
@@ -187,15 +225,29 @@ class _Cuts:
     child: list[int]
     share: list[np.ndarray]
 
+    DILUTION = 1.15
+    """Ratio between amounts of probability kept that are tried behind the same valid token."""
+
     @classmethod
     def of(cls, ranking: Ranking, scale: int, members: np.ndarray) -> _Cuts:
         place = ranking.place[members]
-        cuts, where = np.unique(place, return_index=True)
+        behind, where = np.unique(place, return_index=True)
         head = ranking.head[scale, members][where]
-        share = ranking.share[scale, members][:, None] * (place[:, None] <= cuts) / np.where(head > 0, head, 1.0)
+        kept = [cls._amounts(a, b) for a, b in zip(head, [*head[1:], 1.0], strict=True)]
+        last = np.repeat(behind, [len(k) for k in kept])
+        share = ranking.share[scale, members][:, None] * (place[:, None] <= last) / np.concatenate(kept)
+        # The last cutoff stands before any valid token; it pays where validity costs.
+        share = np.pad(share, ((0, 0), (0, 1)))
         is_end = ranking.interest.kind[members] == 1
         children = ranking.interest.to[members[~is_end]].tolist()
         return cls(share[is_end].sum(0), children, list(share[~is_end]))
+
+    @classmethod
+    def _amounts(cls, head: float, following: float) -> np.ndarray:
+        """Probabilities kept by cutoffs behind a valid token and before the next: the least, the most, and between."""
+        head = max(head, 1e-300)
+        steps = int(np.ceil(np.log(max(following, head) / head) / np.log(cls.DILUTION)))
+        return np.geomspace(head, max(following, head), min(steps, 40) + 1)
 
 
 def _xlogx(x: np.ndarray) -> np.ndarray:

@@ -25,16 +25,16 @@ POWER = {"n": 0, "a": 1, "b": 2}
 
 def constant_scale(step: Step) -> float | None:
     """The factor by which a reshaping step multiplies any row's logits, or None if that depends on the row."""
-    probes = torch.tensor([[0.0, -1.0, -2.0], [0.0, -3.0, -9.0]], dtype=torch.float64)
+    probes = torch.tensor([[0.0, -1.0], [0.0, -1.0]], dtype=torch.float64)
     answer = step.answer(DenseRow(probes, reference), probes)
     if not isinstance(answer, Affine):
         raise TypeError(f"{step} does not reshape")
-    scales = set(answer.scale[:, 0].tolist())
-    return scales.pop() if len(scales) == 1 else None
+    # What is computed from the parameters alone has one row, what is computed from the rows has as many as they.
+    return float(answer.scale) if answer.scale.shape[0] == 1 else None
 
 
 def scales_of(steps: Iterable[Step]) -> list[float] | None:
-    """Every scale a row has on its way through ``steps``, or None if one depends on the row."""
+    """Every scale a row has on its way through ``steps``, or None if one depends on the row or is beyond floats."""
     scales = [1.0]
     for step in steps:
         if step.rule.kind == "reshaping":
@@ -43,7 +43,7 @@ def scales_of(steps: Iterable[Step]) -> list[float] | None:
                 return None
             # An infinite scale leaves the modes, at whatever scale.
             scales.append(scales[-1] * scale if np.isfinite(scale) else scales[-1])
-    return scales
+    return scales if np.isfinite(scales).all() else None
 
 
 def moments_of(rules: Iterable[Rule]) -> set[str]:
@@ -63,6 +63,11 @@ def first(true_from: Callable[[Tensor], Tensor], lo: Tensor, hi: Tensor) -> Tens
     return lo
 
 
+def plain(logits: Tensor) -> Tensor:
+    """``logits`` on the CPU, as float64 if they are that and else as float32, which holds every smaller type exactly."""
+    return logits.cpu() if logits.dtype == torch.float64 else logits.float().cpu()
+
+
 class RankedBlock:
     """A block of R rows in decreasing order, with running sums of every needed moment at every needed scale.
 
@@ -74,7 +79,7 @@ class RankedBlock:
 
     def __init__(self, logits: Tensor, scales: Sequence[float], moments: set[str]):
         # numpy's sort of float32 is several times faster than torch's, and no index is needed.
-        ranked = -np.sort(-logits.float().cpu().numpy(), axis=-1)
+        ranked = -np.sort(-plain(logits).numpy(), axis=-1)
         level = torch.from_numpy(ranked).double()
         if not bool(level[:, 0].isfinite().all()):
             raise DecalError("the model gave a row of logits with NaN, +inf or nothing finite")
@@ -106,7 +111,8 @@ class RankedBlock:
         near = self.scales[index.clamp(max=len(self.scales) - 1)]
         below = self.scales[(index - 1).clamp(min=0)]
         index = torch.where((near - scale).abs() <= (below - scale).abs(), index, index - 1).clamp(0, len(self.scales) - 1)
-        assert torch.allclose(self.scales[index], scale, rtol=1e-12, atol=0)
+        if not torch.allclose(self.scales[index], scale, rtol=1e-9, atol=0):
+            raise ValueError("a row came to a scale that the block was not made for")
         return index
 
     def at(self, row: Tensor, position: Tensor) -> Tensor:

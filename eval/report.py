@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from decal.eval import oracle
 from decal.eval.frontier import FLOORS, ORACLES, TaskResult
 from decal.eval.paths import atomic_write
 
@@ -23,6 +24,7 @@ COLOURS = (
 ORACLE_STYLE = {ORACLES[0]: ("dot", "#555555"), ORACLES[1]: ("dash", "#000000"), ORACLES[2]: ("dashdot", "#888888")}
 MATPLOTLIB_DASH = {"dot": ":", "dash": "--", "dashdot": "-."}
 PLAIN = ("temperature", "greedy")
+BOUND = "bound on rank cutoffs"
 
 
 @dataclass
@@ -79,13 +81,13 @@ def headline(task: TaskResult, floor: float) -> str:
     if not reached:
         return f"No setting reaches validity {floor:g}."
     plain = task.best("temperature", floor)
-    bound = task.best(ORACLES[1], floor)
+    bound = task.bound(floor)
     most, family = max(reached)
     parts = [f"At validity ≥ {floor:g} plain temperature reaches diversity {plain.diversity:.2f}" if plain else
              f"At validity ≥ {floor:g} no plain temperature is left"]  # fmt: skip
     parts.append(f"the best sampler {most:.2f} ({family})")
-    if bound:
-        parts.append(f"the best rank cutoff, told the valid answers, {bound.diversity:.2f}")
+    if not math.isnan(bound):
+        parts.append(f"no rank cutoff can exceed {bound:.2f}")
     return ", ".join(parts) + "; 1.00 is possible."
 
 
@@ -112,6 +114,7 @@ def _task_summary(task: TaskResult, floors: Sequence[float]) -> dict[str, Any]:
             ]
             for family in task.families()
         },
+        "bound_on_rank_cutoffs": [_number(task.bound(floor)) for floor in floors],
         "settings_tried": {family: len(task.members(family)) for family in task.families()},
         "slack_at_temperature_1": {
             task.setting[i]: float(slack[i]) for i in task.members("temperature") if task.setting[i] == "temperature(1.0)"
@@ -191,6 +194,9 @@ def _figure(run: Run, tasks: Sequence[TaskResult]) -> bytes:
             else:
                 wide = 2.2 if family == "temperature" else 1.1
                 (handles[family],) = axis.plot(x, y, "-", color=run.colours[family], linewidth=wide, marker=".", markersize=3)
+        if task.bounds is not None:
+            x = oracle.VALIDITIES[::4]
+            (handles[BOUND],) = axis.plot(x, [task.bound(v) for v in x], color="#bbbbbb", linewidth=1)
         axis.set(xlim=(0, 1.01), ylim=(0, 1.03), title=f"{task.question.task.name}  (|V| = {task.question.valid.size})")
         axis.title.set_size(10)
         axis.grid(alpha=0.25)
@@ -212,7 +218,7 @@ def _interactive(run: Run, task: TaskResult) -> str:
     hover = "%{text}<br>validity %{x:.3f}, diversity %{y:.3f}<extra>%{fullData.name}</extra>"
     for family in task.families():
         front, members = pareto(task, family), task.members(family)
-        oracle = family in ORACLES
+        knows = family in ORACLES
         dash, colour = ORACLE_STYLE.get(family, ("solid", run.colours.get(family, "#daa520")))
         single = family == ORACLES[3] or family == "greedy"
         figure.add_scatter(
@@ -223,12 +229,12 @@ def _interactive(run: Run, task: TaskResult) -> str:
             legendgroup=family,
             mode="markers" if single else "lines+markers",
             line={"color": colour, "dash": dash, "width": 3 if family == "temperature" else 1.6},
-            marker={"size": 12 if single else 5, "symbol": "star" if oracle and single else "x" if single else "circle"},
+            marker={"size": 12 if single else 5, "symbol": "star" if knows and single else "x" if single else "circle"},
             hovertemplate=hover,
         )
         rest = np.setdiff1d(members, front)
         rest = rest[np.isfinite(task.mean_diversity[rest])]
-        if not oracle and len(rest):
+        if not knows and len(rest):
             figure.add_scatter(
                 x=task.mean_validity[rest].round(4),
                 y=task.mean_diversity[rest].round(4),
@@ -240,6 +246,16 @@ def _interactive(run: Run, task: TaskResult) -> str:
                 marker={"size": 3, "color": colour, "opacity": 0.3},
                 hovertemplate=hover,
             )
+    if task.bounds is not None:
+        x = oracle.VALIDITIES[::2]
+        figure.add_scatter(
+            x=x.round(5),
+            y=[round(task.bound(v), 5) for v in x],
+            name=BOUND,
+            mode="lines",
+            line={"color": "#bbbbbb", "width": 1.5},
+            hovertemplate="no rank cutoff at validity %{x:.3f}<br>exceeds diversity %{y:.3f}<extra></extra>",
+        )
     figure.update_layout(
         template="simple_white",
         height=560,
@@ -262,6 +278,7 @@ def _page(run: Run) -> str:
             "name": t.question.task.name,
             "summary": _task_summary(t, run.floors),
             "figure": _interactive(run, t),
+            "bounds": [t.bound(floor) for floor in run.floors] if t.bounds is not None else None,
             "families": [
                 {
                     "name": f,
@@ -300,6 +317,9 @@ def print_table(run: Run, console: Any) -> None:
                 table.add_section()
             cells = [_cell(b) for b in map_best(task, family, run.floors)]
             table.add_row(family, str(len(task.members(family))), *cells)
+        if task.bounds is not None:
+            cells = [f"{b:.3f}" if b == b else "[dim]not reached[/dim]" for b in map(task.bound, run.floors)]
+            table.add_row(BOUND, "", *cells)
         console.print(table)
         console.print(headline(task, run.floor) + "\n", highlight=False)
 

@@ -39,7 +39,7 @@ class StoredRows:
             yield tensors["nodes"].tolist(), tensors["logits"]
 
 
-def key(fingerprint: str, prompt: Sequence[int], trie: TokenTrie, policy: Policy) -> str:
+def key(fingerprint: str, device: str, prompt: Sequence[int], trie: TokenTrie, policy: Policy) -> str:
     """Name of the cache entry: everything the logits depend on."""
     import transformers
 
@@ -48,7 +48,8 @@ def key(fingerprint: str, prompt: Sequence[int], trie: TokenTrie, policy: Policy
         "model": fingerprint,
         "prompt": list(prompt),
         "policy": asdict(policy),
-        "trie": [trie.parent, trie.token, trie.answer, trie.ends],
+        "trie": asdict(trie),
+        "device": device,
         "versions": [torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -82,7 +83,7 @@ def load_or_compute(
 
         forward.collect(model, prompt, trie, sink, grow, restart=blocks.clear)
         return trie, blocks
-    folder = cache_dir() / "rows" / key(fingerprint, prompt, trie, policy)
+    folder = cache_dir() / "rows" / key(fingerprint, model.device.type, prompt, trie, policy)
     if folder.is_dir():
         os.utime(folder)
     else:
@@ -151,7 +152,9 @@ def _forget_old(folder: Path, keep: Path) -> None:
     try:
         limit = float(text) * 1e9
     except ValueError:
-        raise DecalError(f"DECAL_ROWS_GB must be a number of gigabytes, got {text!r}") from None
+        limit = -1.0
+    if not limit >= 0:
+        raise DecalError(f"DECAL_ROWS_GB must be a number of gigabytes, at least 0, got {text!r}")
     entries = sorted((e for e in folder.iterdir() if e != keep and not e.name.startswith(".")), key=lambda e: e.stat().st_mtime)
     sizes = {entry: sum(f.stat().st_size for f in entry.iterdir()) for entry in entries}
     total = sum(sizes.values()) + sum(f.stat().st_size for f in keep.iterdir())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,12 +99,15 @@ class Question:
     Attributes:
         task: as declared.
         valid: its valid set.
-        answers: the valid answers as text, in the order results number them.
     """
 
     task: Task
     valid: ValidSet
-    answers: tuple[str, ...]
+
+    @cached_property
+    def answers(self) -> tuple[str, ...]:
+        """The valid answers as text, in the order results number them."""
+        return tuple(self.valid)
 
     @property
     def policy(self) -> Policy:
@@ -181,7 +185,7 @@ def load(name: str, **overrides: Any) -> Question:
     except ValidationError as error:
         raise DecalError(_first_error(error, name, lines)) from None
     valid = _valid_set(task, path, f"{name}:{lines.get(('answers',), 1)}: answers")
-    return Question(task, valid, tuple(valid))
+    return Question(task, valid)
 
 
 def _valid_set(task: Task, path: Path, where: str) -> ValidSet:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decal.eval.exact import Rows
 from decal.eval.trie import TokenTrie
+from decal.samplers.errors import DecalError
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,13 @@ class Compounding:
 def compounding(trie: TokenTrie, kept: Kept) -> Compounding:
     """Expected local precision and recall of each step, among sequences for which the steps before went well.
 
-    The trie needs ends, and one path per answer. A step at which nothing went well before counts as 0.
+    A step at which nothing went well before counts as 0.
+
+    Raises:
+        DecalError: answers don't end with a token, or some answer has several token sequences.
     """
+    if not trie.ends or sum(a >= 0 for a in trie.answer) != trie.size or not all(trie.count):
+        raise DecalError("Theorem E.1 is about answers with an end and one token sequence each; this trie's are not")
     count = np.asarray(trie.count, dtype=float)
     ending = _endings(trie)
     reach = np.zeros(len(trie))  # under Q, given success so far

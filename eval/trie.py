@@ -86,11 +86,6 @@ class TokenTrie:
         for level in range(int(depth.max()) + 1):
             yield np.flatnonzero(depth == level)
 
-    @property
-    def one_path_each(self) -> bool:
-        """Whether every answer has exactly one token sequence."""
-        return sum(a >= 0 for a in self.answer) == self.size
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -112,6 +107,11 @@ class Policy:
     case: str = "exact"
     ends: tuple[str, ...] = ("\n", "<eos>")
     threshold: float = 1e-4
+
+    @property
+    def one_path_each(self) -> bool:
+        """Whether every answer has exactly one token sequence."""
+        return self.tokenisation == "canonical" and self.case == "exact"
 
 
 class TrieBuilder:
@@ -143,29 +143,32 @@ class TrieBuilder:
         trie = TokenTrie(valid.size, self._ends(policy))
         for text, (answer, weight) in spellings.items():
             trie.insert(self._canonical(text, valid.source), answer, weight)
-        written = set(trie.token) & set(trie.ends)
-        if written:
-            end = self.vocabulary.bytes_of.get(min(written), b"").decode(errors="replace")
-            raise DecalError(f"{valid.source}: the token {end!r} ends an answer, but an answer contains it")
+        self._check_ends(trie, trie.token, valid.source)
         if not trie.ends:
             self._check_prefix_free(list(spellings), valid.source)
-        texts = _ByteTrie({text.encode(): answer for text, (answer, _) in spellings.items()})
+        closing = [end.encode() for end in policy.ends if end != "<eos>"]
+        texts = _ByteTrie({text.encode(): answer for text, (answer, _) in spellings.items()}, closing)
         where: list[int] = [0]
         for node in range(len(trie)):
             if node:
                 where.append(texts.follow(where[trie.parent[node]], self.vocabulary.bytes_of[trie.token[node]]))
-            trie.strays[node] = tuple(t for t in texts.tokens(where[node], self.vocabulary) if t not in trie.children[node])
+            strays = [t for t in texts.tokens(where[node], self.vocabulary) if t not in trie.children[node]]
+            trie.strays[node] = (*strays, *texts.closing_tokens(where[node], self.vocabulary))
+            self._check_ends(trie, strays, valid.source)
         if policy.tokenisation == "canonical":
             return trie, None
 
         def grow(trie: TokenTrie, node: int, reach: Any) -> None:
-            followed = [t for t in trie.strays[node] if reach[t] >= policy.threshold]
+            spelling = set(texts.tokens(where[node], self.vocabulary))
+            followed = [t for t in trie.strays[node] if t in spelling and reach[t] >= policy.threshold]
             for token in followed:
                 state = texts.follow(where[node], self.vocabulary.bytes_of[token])
                 child = trie.add(node, token)
                 where.append(state)
                 trie.answer[child] = texts.answer.get(state, -1)
-                trie.strays[child] = tuple(texts.tokens(state, self.vocabulary))
+                strays = texts.tokens(state, self.vocabulary)
+                trie.strays[child] = (*strays, *texts.closing_tokens(state, self.vocabulary))
+                self._check_ends(trie, strays, valid.source)
             trie.strays[node] = tuple(t for t in trie.strays[node] if t not in set(followed))
 
         return trie, grow
@@ -202,6 +205,13 @@ class TrieBuilder:
             )
         return tokens
 
+    def _check_ends(self, trie: TokenTrie, tokens: Iterable[int], source: str) -> None:
+        """No token may both end an answer and spell on in one."""
+        both = set(tokens) & set(trie.ends)
+        if both:
+            end = self.vocabulary.bytes_of.get(min(both), b"").decode(errors="replace")
+            raise DecalError(f"{source}: the token {end!r} ends an answer, but an answer contains it")
+
     @staticmethod
     def _check_prefix_free(texts: list[str], source: str) -> None:
         for shorter, longer in zip(sorted(texts), sorted(texts)[1:], strict=False):
@@ -213,9 +223,10 @@ class TrieBuilder:
 
 
 class _ByteTrie:
-    """The accepted texts by their bytes."""
+    """The accepted texts by their bytes, and the texts that end one."""
 
-    def __init__(self, texts: dict[bytes, int]):
+    def __init__(self, texts: dict[bytes, int], closing: Sequence[bytes] = ()):
+        self.closing = closing
         self.next: list[dict[int, int]] = [{}]
         self.answer: dict[int, int] = {}
         for text, answer in texts.items():
@@ -231,6 +242,17 @@ class _ByteTrie:
         for byte in text:
             node = self.next[node][byte]
         return node
+
+    def closing_tokens(self, node: int, vocabulary: Vocabulary) -> list[int]:
+        """Tokens that spell the rest of a text and its end in one, such as a full stop with a line break."""
+        found: list[int] = []
+        stack = [(node, vocabulary.root)]
+        while stack:
+            here, (_, further) = stack.pop()
+            stack += [(after, further[byte]) for byte, after in self.next[here].items() if byte in further]
+            if here in self.answer and here != node:
+                found += [t for end in self.closing for t in vocabulary.below(further, end)]
+        return found
 
     def tokens(self, node: int, vocabulary: Vocabulary) -> list[int]:
         """Tokens that spell on from ``node`` without leaving the accepted texts."""

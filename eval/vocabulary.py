@@ -69,6 +69,21 @@ class Vocabulary:
         """The vocabulary of a transformers tokenizer."""
         return cls(token_bytes(tokenizer))
 
+    @staticmethod
+    def below(further: dict[int, Any], text: bytes) -> list[int]:
+        """Tokens that begin with ``text``, seen from the node whose further bytes these are."""
+        node: tuple[list[int], dict[int, Any]] = ([], further)
+        for byte in text:
+            if byte not in node[1]:
+                return []
+            node = node[1][byte]
+        found, stack = [], [node]
+        while stack:
+            tokens, after = stack.pop()
+            found += tokens
+            stack += after.values()
+        return found
+
     def starting_with(self, text: str) -> list[int]:
         """Tokens whose bytes begin with ``text``."""
         prefix = text.encode()
