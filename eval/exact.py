@@ -286,7 +286,7 @@ def dense_flow(trie: TokenTrie, rows: Rows, processors: Sequence[Callable[[Tenso
         here, place = interest.within(list(nodes))
         index = torch.from_numpy(place), torch.from_numpy(here.token)
         for number, processor in enumerate(processors):
-            share = processor(logits).double().softmax(-1)[index]
+            share = processor(logits.double()).softmax(-1)[index]
             _deposit(flow, torch.tensor([number]), here, share[None])
     return flow
 
@@ -304,7 +304,7 @@ def chain_flow(
     trie: TokenTrie, rows: Rows, chains: Sequence[Chain], groups: Sequence[Group], misfits: Sequence[int], **kwargs: Any
 ) -> Flow:
     """`flows` of the chains in ``groups`` (and further groups, numbered from ``len(chains)``), `dense_flow` of ``misfits``."""
-    settings = len(chains) + sum(len(g.members) for g in groups if g.members[0] >= len(chains))
+    settings = max([len(chains) - 1, *(m for g in groups for m in g.members)]) + 1
     flow = flows(trie, rows, groups, settings, **kwargs)
     if misfits:
         dense = dense_flow(trie, rows, [chains[m] for m in misfits])

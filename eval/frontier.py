@@ -140,7 +140,8 @@ class Evaluation:
         self.chains = [s.chain for s in settings]
         self.groups, self.misfits = group(self.chains)
         ends = [scales_of(c.steps) for c in self.chains]
-        self.scales = sorted({found[-1] for found in ends if found}, reverse=True)
+        # Oracles need a scale even if every chain scales each row differently.
+        self.scales = sorted({found[-1] for found in ends if found} or {1.0}, reverse=True)
         self.builder = TrieBuilder(self._encode, Vocabulary.of(model.tokenizer), end_tokens(model))
 
     def _encode(self, text: str) -> list[int]:

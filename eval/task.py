@@ -206,6 +206,7 @@ def _valid_set(task: Task, path: Path, where: str) -> ValidSet:
 
 
 Location = tuple[str | int, ...]
+DEEPEST = 8
 
 
 def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Location, int]]:
@@ -227,8 +228,12 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Location, int]]:
 
 def _locate(node: yaml.Node, at: Location, lines: dict[Location, int], name: str) -> None:
     lines[at] = node.start_mark.line + 1
+    if len(at) > DEEPEST:
+        raise DecalError(f"{name}:{node.start_mark.line + 1}: nested too deep for a task")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise DecalError(f"{name}:{key.start_mark.line + 1}: a key must be a word")
             place = (*at, key.value)
             if place in lines:
                 raise DecalError(f"{name}:{key.start_mark.line + 1}: {'.'.join(map(str, place))} is given twice")

@@ -196,7 +196,6 @@ def test_worked_example(text: str, kept: int) -> None:
     assert masked.isfinite().tolist() == [[i < kept for i in range(4)]]
 
 
-
 def test_typical_worked_example() -> None:
     """H = 1.75 ln 2; the surprises 1, 2, 3, 3 (times ln 2) are 0.75, 0.25, 1.25, 1.25 away."""
     z = torch.tensor([HALVES], dtype=torch.float64).log()
