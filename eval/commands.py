@@ -16,6 +16,7 @@ import decal
 from decal.samplers.errors import DecalError
 
 WIDTH_OF_A_PIPE = 160
+FORMS = ("few_shot", "chat", "prefix", "completion")
 
 
 def _console() -> Console:
@@ -37,8 +38,8 @@ def cli() -> None:
 @click.option(
     "--out", default="decal-frontier", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
 )
-@click.option("--form", help="Put every task as few_shot, chat, prefix or completion.")
-@click.option("--draws", type=int, help="Few-shot prompts to average over.")
+@click.option("--form", type=click.Choice(FORMS), help="How to put every task.")
+@click.option("--draws", type=click.IntRange(1, 1000), help="Few-shot prompts to average over.")
 @click.option("--seed", default=0, show_default=True, help="Decides the exemplars of few-shot prompts.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto.")
 @click.option("--dtype", default=None, help="float32 (default), bfloat16 or float16.")
@@ -66,6 +67,7 @@ def frontier(
     start = time.monotonic()
     from decal.eval import grid, models, report, task
     from decal.eval.frontier import Evaluation
+    from decal.eval.trie import check_size
 
     # Everything that can be wrong with the request is found before the model is loaded.
     if not 0 < floor <= 1:
@@ -74,6 +76,8 @@ def frontier(
         raise DecalError(f"--seed must be at least 0, got {seed}")
     settings = grid.load(grid_name)
     questions = [task.load(name, form=form, draws=draws) for name in tasks or task.DEFAULT_TASKS]
+    for question in questions:
+        check_size(question.valid)
     names = [q.task.name for q in questions]
     if len(set(names)) < len(names):
         raise DecalError(f"every task needs a name of its own, got {', '.join(names)}")
@@ -100,6 +104,7 @@ def frontier(
     }
     run = report.Run(about, results, floor)
     files = report.write(run, out)
+    console.print(f"{loaded.name}, grid {grid_name}, seed {seed}\n", highlight=False)
     report.print_table(run, console)
     console.print(f"{len(files)} files in {out}, the one to open is {out / 'report.html'}", highlight=False, soft_wrap=True)
 
@@ -128,12 +133,16 @@ class _progress:
 
 
 def _check_writable(folder: Path) -> None:
-    from decal.eval.paths import scratch_dir
+    from decal.eval.paths import disk_errors, scratch_dir
 
-    if folder.exists() and not folder.is_dir():
+    with disk_errors(folder):
+        there = folder.exists()
+    if there and not folder.is_dir():
         raise DecalError(f"--out must be a folder, {folder} is a file")
     with scratch_dir(folder):
         pass
+    if not there:
+        folder.rmdir()  # until there is something to put into it
 
 
 @cli.command()

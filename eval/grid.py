@@ -48,7 +48,9 @@ def load(name: str) -> list[Setting]:
     if name == "quick":
         return _unique(_plain() + _quick())
     if name == "paper":
-        return _unique(_plain() + [s for rule, values in PAPER.items() for s in _both_orders(find(rule), values)])
+        return _unique(
+            _plain() + [s for rule, values in PAPER.items() for s in _both_orders(find(rule), [(v,) for v in values])]
+        )
     return _unique(_plain() + _from_file(name))
 
 
@@ -57,11 +59,11 @@ def _plain() -> list[Setting]:
     return [Setting("greedy", find("temperature")(0.0)), *(Setting("temperature", chain) for chain in chains)]
 
 
-def _both_orders(rule: Rule, values: Sequence[float]) -> list[Setting]:
+def _both_orders(rule: Rule, values: Sequence[tuple[float, ...]]) -> list[Setting]:
     return [
         Setting(rule.name, chain)
         for t, value in itertools.product(TEMPERATURES, values)
-        for chain in (find("temperature")(t) | rule(value), rule(value) | find("temperature")(t))
+        for chain in (find("temperature")(t) | rule(*value), rule(*value) | find("temperature")(t))
     ]
 
 
@@ -69,19 +71,22 @@ def _quick() -> list[Setting]:
     settings: list[Setting] = []
     partner = find(PARTNER)
     for rule in RULES.values():
-        values = next((p.sweep for p in rule.params.values()), ())
+        # A parameter without values worth comparing stays at its default.
+        values = list(itertools.product(*(p.sweep or (p.default,) for p in rule.params.values())))
+        if rule.name == "temperature":
+            continue
         if rule.kind != "reshaping":
             settings += _both_orders(rule, values)
         else:
             family = f"{PARTNER} | {rule.name}"
             cuts = partner.params["p"].sweep
-            settings += [Setting(family, partner(cut) | rule(value)) for cut in cuts for value in values]
+            settings += [Setting(family, partner(cut) | rule(*value)) for cut in cuts for value in values]
     return settings
 
 
 def _from_file(name: str) -> list[Setting]:
     try:
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
+        lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DecalError(f"unknown grid {name!r}: neither {' nor '.join(NAMES)}, and not a readable file ({reason})") from None
@@ -102,6 +107,8 @@ def _from_file(name: str) -> list[Setting]:
 def _variants(text: str) -> list[str]:
     """``f({a, b})`` as ``f(a)`` and ``f(b)``; several braces multiply."""
     parts = re.split(r"\{([^{}]*)\}", text)
+    if any(not choice.strip() for part in parts[1::2] for choice in part.split(",")):
+        raise DecalError(f"braces hold values separated by commas, got {text!r}")
     choices = [[part] if i % 2 == 0 else part.split(",") for i, part in enumerate(parts)]
     return ["".join(choice) for choice in itertools.product(*choices)]
 

@@ -233,4 +233,6 @@ class RankedRow(BaseRow):
         low, high = answer.low[:, 0], answer.high[:, 0]
         lo = first(lambda i: self.value(i) <= high, self.lo, self.hi)
         hi = first(lambda i: self.value(i) < low, self.lo, self.hi)
+        # A band with nothing inside leaves the row alone.
+        lo, hi = torch.where(lo < hi, lo, self.lo), torch.where(lo < hi, hi, self.hi)
         return RankedRow(self.block, self.row, self.scale, lo, hi)

@@ -19,7 +19,7 @@ from decal.eval.paths import atomic_write
 
 COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b",
-    "#e377c2", "#17becf", "#bcbd22", "#7f7f7f", "#393b79", "#31a354",
+    "#e377c2", "#17becf", "#bcbd22", "#f7b6d2", "#393b79", "#31a354",
 )  # fmt: skip
 ORACLE_STYLE = {ORACLES[0]: ("dot", "#555555"), ORACLES[1]: ("dash", "#000000"), ORACLES[2]: ("dashdot", "#888888")}
 MATPLOTLIB_DASH = {"dot": ":", "dash": "--", "dashdot": "-."}
@@ -327,5 +327,5 @@ def print_table(run: Run, console: Any) -> None:
 def _cell(best: Any) -> str:
     if best is None:
         return "[dim]not reached[/dim]"
-    spread = "" if math.isnan(best.low) else f" \\[{best.low:.2f}, {best.high:.2f}]"
+    spread = "" if math.isnan(best.low) else f" \\[{best.low:.3f}, {best.high:.3f}]"
     return f"{best.diversity:.3f}{spread}\n[dim]{best.setting.replace('[', chr(92) + '[')}[/dim]"

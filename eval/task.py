@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
@@ -70,7 +70,7 @@ class Task(_Strict):
         ends: see `Policy`; by default a line break or the model's end token, in a chat only the latter.
     """
 
-    name: StrictStr = Field(min_length=1, pattern=r"^[\w.-]+$")
+    name: StrictStr = Field(min_length=1, max_length=100, pattern=r"^[\w.-]+$")
     answers: Answers
     prompt: StrictStr | None = None
     label: StrictStr | None = None
@@ -80,7 +80,7 @@ class Task(_Strict):
     tokenisation: Literal["canonical", "all"] = "canonical"
     leading_space: bool | None = None
     case: Literal["exact", "any"] = "exact"
-    ends: list[StrictStr] | None = None
+    ends: list[Annotated[StrictStr, Field(min_length=1)]] | None = None
 
     @model_validator(mode="after")
     def _has_its_texts(self) -> Task:
@@ -175,7 +175,7 @@ def load(name: str, **overrides: Any) -> Question:
     elif path.suffix not in (".yaml", ".yml"):
         raise DecalError(f"unknown task {name!r}; built in are {', '.join(builtin_names())}; or give a .yaml file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DecalError(f"can't read the task file {name}: {getattr(error, 'strerror', None) or error}") from None
     content, lines = _parse(text, name)
@@ -199,7 +199,7 @@ def _valid_set(task: Task, path: Path, where: str) -> ValidSet:
     assert answers.file is not None
     file = path.parent / answers.file
     try:
-        listed = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        listed = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DecalError(f"{where}.file: can't read {file}: {getattr(error, 'strerror', None) or error}") from None
     return ValidSet.from_list(listed, str(file))

@@ -114,6 +114,14 @@ class Policy:
         return self.tokenisation == "canonical" and self.case == "exact"
 
 
+def check_size(valid: ValidSet) -> None:
+    """Raise DecalError if a valid set has more than `MOST_ANSWERS` answers."""
+    if valid.size > MOST_ANSWERS:
+        raise DecalError(
+            f"{valid.source}: {valid.size} answers; exact evaluation needs a forward pass a prefix and stops at {MOST_ANSWERS}"
+        )
+
+
 class TrieBuilder:
     """Compiles a valid set for one tokenizer.
 
@@ -134,11 +142,7 @@ class TrieBuilder:
         Raises:
             DecalError: too many answers, an answer that can't be tokenised, or ends that can't tell answers apart.
         """
-        if valid.size > MOST_ANSWERS:
-            raise DecalError(
-                f"{valid.source}: {valid.size} answers; exact evaluation needs a forward pass per prefix and stops at "
-                f"{MOST_ANSWERS}"
-            )
+        check_size(valid)
         spellings = self._spellings(valid, policy)
         trie = TokenTrie(valid.size, self._ends(policy))
         for text, (answer, weight) in spellings.items():

@@ -63,8 +63,9 @@ def nearest(z_BV: Tensor, center: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]
 
 
 def keep_between(z_BV: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``z_BV`` with every logit outside [low, high] at -inf."""
-    return z_BV.masked_fill((z_BV < low) | (z_BV > high), -torch.inf)
+    """``z_BV`` with every logit outside [low, high] at -inf; a row with nothing inside is left alone."""
+    outside = (z_BV < low) | (z_BV > high)
+    return z_BV.masked_fill(outside & (~outside & z_BV.isfinite()).any(-1, keepdim=True), -torch.inf)
 
 
 def affine(z_BV: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

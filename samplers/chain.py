@@ -20,7 +20,7 @@ from torch import Tensor
 from decal.kernels.dispatch import choose
 from decal.samplers.errors import DecalError
 from decal.samplers.row import DenseRow
-from decal.samplers.rule import Step, find
+from decal.samplers.rule import Rule, Step, find
 
 if TYPE_CHECKING:
     from decal.samplers.processor import ChainProcessor
@@ -80,7 +80,9 @@ class Chain:
             given = ", ".join(f"{step} for {size}" for step, size in sizes.items())
             raise DecalError(f"the steps of a chain are given for different numbers of rows: {given}")
 
-    def __or__(self, other: Chain) -> Chain:
+    def __or__(self, other: Chain | Rule) -> Chain:
+        if isinstance(other, Rule):
+            other = other()
         if not isinstance(other, Chain):
             return NotImplemented
         return Chain(self.steps + other.steps)
@@ -205,8 +207,9 @@ class Chain:
     def generate_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         """Arguments for ``model.generate`` under which this chain alone decides the distribution.
 
-        They carry the processor and neutralise every built-in warper and penalty, whatever the model's own generation
-        config says. ``kwargs`` are added (``max_new_tokens=20``).
+        They carry the processor and neutralise every built-in warper, penalty, bias and guidance, whatever the model's own
+        generation config says; what it bans or demands (``bad_words_ids``, ``min_length``, a watermark) stays. ``kwargs`` are
+        added (``max_new_tokens=20``).
 
         Raises:
             DecalError: a keyword would reshape the distribution beside the chain.
@@ -230,6 +233,8 @@ def parse(text: str) -> Chain:
     Raises:
         DecalError: not of this form, an unknown rule or parameter, or a value out of range.
     """
+    if not isinstance(text, str):
+        raise DecalError(f"parse takes a text such as 'min_p(0.1)', got {type(text).__name__}")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         steps = tuple(_parse_steps(tree, text))

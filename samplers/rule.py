@@ -114,8 +114,16 @@ class Rule:
     paper: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "__doc__", inspect.getdoc(self.body))
+        allowed = "\n".join(f"    {name}: {p.allowed}; default {p.default:g}" for name, p in self.params.items())
+        object.__setattr__(
+            self, "__doc__", f"{inspect.getdoc(self.body)}\n\nParameters:\n{allowed or '    none'}\n\nPaper: {self.paper}"
+        )
         object.__setattr__(self, "__name__", self.name)
+        shown = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=p.default)
+            for name, p in self.params.items()
+        ]
+        object.__setattr__(self, "__signature__", inspect.Signature(shown))
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Chain:
         from decal.samplers.chain import Chain
@@ -237,7 +245,13 @@ def rule(*, paper: str) -> Callable[[Callable[..., Answer]], Rule]:
         if body.__name__ in RULES:
             raise DecalError(f"rule {body.__name__} is declared already, in {RULES[body.__name__].body.__module__}")
         declared = Rule(body.__name__, body, {a.name: a.default for a in arguments}, paper)
-        _ = declared.kind  # a body that fails does so here, not in the middle of generation
+        for name, param in declared.params.items():
+            for value in (param.default, *param.sweep):
+                param.check(f"rule {declared.name}: default and sweep of {name}", value)
+        # A body that fails does so here, not in the middle of generation.
+        answer = declared._trace[0]
+        if not isinstance(answer, (Tensor, Band, Affine)):
+            raise DecalError(f"rule {declared.name} must return a tensor, a Band or an Affine, got {type(answer).__name__}")
         RULES[declared.name] = declared
         return declared
 

@@ -79,7 +79,8 @@ def test_only_chains_compose() -> None:
     with pytest.raises(TypeError):
         decal.min_p(0.1) | 3
     with pytest.raises(TypeError):
-        decal.min_p(0.1) | decal.top_k
+        decal.min_p(0.1) | "top_k"
+    assert (decal.min_p(0.1) | decal.top_k) == (decal.min_p(0.1) | decal.top_k())
 
 
 def test_a_chain_needs_a_step() -> None:
