@@ -225,7 +225,7 @@ class _Cuts:
     child: list[int]
     share: list[np.ndarray]
 
-    DILUTION = 1.15
+    DILUTION = 1.25
     """Ratio between amounts of probability kept that are tried behind the same valid token."""
 
     @classmethod
@@ -233,9 +233,8 @@ class _Cuts:
         place = ranking.place[members]
         behind, where = np.unique(place, return_index=True)
         head = ranking.head[scale, members][where]
-        kept = [cls._amounts(a, b) for a, b in zip(head, [*head[1:], 1.0], strict=True)]
-        last = np.repeat(behind, [len(k) for k in kept])
-        share = ranking.share[scale, members][:, None] * (place[:, None] <= last) / np.concatenate(kept)
+        kept, which = cls._amounts(np.maximum(head, 1e-300), np.append(head[1:], 1.0))
+        share = ranking.share[scale, members][:, None] * (place[:, None] <= behind[which]) / kept
         # The last cutoff stands before any valid token; it pays where validity costs.
         share = np.pad(share, ((0, 0), (0, 1)))
         is_end = ranking.interest.kind[members] == 1
@@ -243,11 +242,14 @@ class _Cuts:
         return cls(share[is_end].sum(0), children, list(share[~is_end]))
 
     @classmethod
-    def _amounts(cls, head: float, following: float) -> np.ndarray:
-        """Probabilities kept by cutoffs behind a valid token and before the next: the least, the most, and between."""
-        head = max(head, 1e-300)
-        steps = int(np.ceil(np.log(max(following, head) / head) / np.log(cls.DILUTION)))
-        return np.geomspace(head, max(following, head), min(steps, 40) + 1)
+    def _amounts(cls, least: np.ndarray, most: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities kept by cutoffs behind each valid token and before the next: the least, the most, between; and which
+        token each belongs to."""
+        ratio = np.maximum(most / least, 1.0)
+        steps = np.minimum(np.ceil(np.log(ratio) / np.log(cls.DILUTION)), 40).astype(np.int64)
+        which = np.repeat(np.arange(len(least)), steps + 1)
+        number = np.arange(len(which)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
+        return least[which] * ratio[which] ** (number / np.maximum(steps[which], 1)), which
 
 
 def _xlogx(x: np.ndarray) -> np.ndarray:

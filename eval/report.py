@@ -187,7 +187,7 @@ def _figure(run: Run, tasks: Sequence[TaskResult]) -> bytes:
             elif family in ORACLE_STYLE:
                 dash, colour = ORACLE_STYLE[family]
                 mark = "D" if family == ORACLES[2] else None
-                style = {"linewidth": 1.4, "marker": mark, "markersize": 4, "clip_on": False}
+                style = {"linewidth": 1.4, "marker": mark, "markersize": 4}
                 (handles[family],) = axis.plot(x, y, MATPLOTLIB_DASH[dash], color=colour, **style)
             elif family == "greedy":
                 (handles[family],) = axis.plot(x, y, "kx", clip_on=False)
