@@ -173,10 +173,12 @@ def _figure(run: Run, tasks: Sequence[TaskResult]) -> bytes:
 
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
-    width = 4.2 * columns if len(tasks) > 1 else 6.4
-    figure = Figure(figsize=(width, 3.7 * lines + 1.1 if len(tasks) > 1 else 5.6), layout="constrained")
+    # Sizes in inches: the legend has a strip of its own below the axes.
+    width, height, strip = 4.3 * columns + 0.4 + 2.0 * (columns == 1), 3.8 * lines + 2.2, 1.75
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False)
+    figure.subplots_adjust(0.7 / width, strip / height, 1 - 0.2 / width, 1 - 0.8 / height, wspace=0.2, hspace=0.3)
     handles: dict[str, Any] = {}
     for axis, task in zip(axes.flat, tasks, strict=False):
         for family in task.families():
@@ -205,7 +207,7 @@ def _figure(run: Run, tasks: Sequence[TaskResult]) -> bytes:
     for axis in list(axes.flat)[len(tasks) :]:
         axis.remove()
     figure.suptitle(f"Validity-diversity frontiers, {run.about['model']['name']}", fontsize=12)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4 if columns > 1 else 3, fontsize=8)
+    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=4 if columns > 1 else 3, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130)
     return buffer.getvalue()
