@@ -182,7 +182,7 @@ class BestCutoffs:
     def bound(self) -> np.ndarray:
         """(G,) diversity that no rank cutoff with at least each of `VALIDITIES` can exceed; NaN where none has that much.
 
-        Where the price of validity is below 1 it holds up to the steps in dilution, a hundredth of it at the most.
+        Where the price of validity is below 1 it holds up to the steps in dilution: within a hundredth in brute force.
 
         By duality: with validity v the entropy sum is at most ``maximum(price) - price * v`` for every price. As a bound on
         ``ln(diversity * |V|)`` that falls and then rises with v, so between two points it is largest at one of them.
