@@ -6,7 +6,7 @@ float64 (float32 on devices without it), so that no kept set hangs on rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -62,6 +62,16 @@ def nearest(z_BV: Tensor, center: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]
     return low, high
 
 
+def smallest_from(z_BV: Tensor, level: Tensor) -> Tensor:
+    """The smallest kept logit that is at least ``level``; inf if there is none; (B, 1)."""
+    return torch.where((z_BV >= level) & z_BV.isfinite(), z_BV, torch.inf).amin(-1, keepdim=True)
+
+
+def keep(z_BV: Tensor, kept: Tensor) -> Tensor:
+    """``z_BV`` with every logit that isn't ``kept`` at -inf; a row with nothing kept is left alone."""
+    return z_BV.masked_fill(~kept & (kept & z_BV.isfinite()).any(-1, keepdim=True), -torch.inf)
+
+
 def keep_between(z_BV: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``z_BV`` with every logit outside [low, high] at -inf; a row with nothing inside is left alone."""
     outside = (z_BV < low) | (z_BV > high)
@@ -78,6 +88,13 @@ def affine(z_BV: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     mapped = finite * (z_BV - torch.where(fits, 0.0, peak)) + torch.where(fits, shift, 0.0)
     mapped = mapped.clamp(min=torch.finfo(z_BV.dtype).min)
     return torch.where(scale.isinf(), modes, torch.where(z_BV.isfinite(), mapped, -torch.inf))
+
+
+def remap(z_BV: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``fn`` of the logits; what was dropped stays so, and a row that would be emptied is left alone."""
+    mapped = torch.where(z_BV.isfinite(), fn(z_BV), -torch.inf)
+    empty = ~(mapped > -torch.inf).any(-1, keepdim=True)
+    return torch.where(empty, z_BV, mapped)
 
 
 def narrow(z_BV: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a rule may ask about a row, each asked of six sums.
+"""What a rule may ask about a row, each asked of a few sums.
 
 Every statistic is a closed form of a few *moments*: sums over the kept tokens of simple functions of ``d = z - r`` and
 ``e = exp(d)``, where ``r`` is any reference level (the largest logit, in practice). Sums are what every backend can do: a
@@ -21,6 +21,7 @@ MOMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "s": lambda d, e: e,
     "t": lambda d, e: d * e,
     "q": lambda d, e: e * e,
+    "h": lambda d, e: (0.5 * d).exp(),
     "a": lambda d, e: d,
     "b": lambda d, e: d * d,
 }
@@ -50,7 +51,9 @@ def _std(r: Tensor, m: Moments) -> Tensor:
 STATISTICS: dict[str, Statistic] = {
     "logz": Statistic(("s",), lambda r, m: r + m["s"].log(), "log of the sum of exp(logits)"),
     "entropy": Statistic(("s", "t"), lambda r, m: m["s"].log() - m["t"] / m["s"], "Shannon entropy, in nats"),
+    "log_half": Statistic(("h",), lambda r, m: 0.5 * r + m["h"].log(), "log of the sum of exp(logits / 2)"),
     "collision": Statistic(("s", "q"), lambda r, m: m["q"] / m["s"] ** 2, "collision probability, the sum of p^2"),
+    "mean": Statistic(("n", "a"), lambda r, m: r + m["a"] / m["n"], "mean of the logits"),
     "std": Statistic(("n", "a", "b"), _std, "population standard deviation of the logits"),
     "count": Statistic(("n",), lambda r, m: m["n"], "number of kept tokens"),
 }

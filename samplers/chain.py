@@ -9,25 +9,29 @@ import ast
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TextIO
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 
 import torch
 from torch import Tensor
 
 from decal.kernels.dispatch import choose
+from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
-from decal.samplers.row import DenseRow
+from decal.samplers.row import Affine, Band, DenseRow, Keep, Map
 from decal.samplers.rule import Rule, Step, find
 
 if TYPE_CHECKING:
     from decal.samplers.processor import ChainProcessor
 
-SURVIVES_CUT = frozenset({"max", "k-th largest"})
-"""What a truncation leaves unchanged, as far as a later truncation is concerned: the largest logit, and a threshold at the k-th
-largest (where fewer than k tokens are left, the earlier cut is the stricter one)."""
+SURVIVES_CUT = frozenset({"max", "k-th largest", "history", "state", "chance", "model"})
+"""What a truncation leaves unchanged, as far as a later truncation is concerned: the largest logit, a threshold at the k-th
+largest (where fewer than k tokens are left, the earlier cut is the stricter one), and all that isn't in the logits."""
+
+State = tuple[Mapping[str, Tensor] | None, ...]
+"""What the steps of a chain remember: for each step with a memory its (B, 1) tensors by name."""
 
 
 @dataclass
@@ -39,8 +43,16 @@ class Pass:
     write: list[Step] = field(default_factory=list)
     reason: str = "first read of the logits"
 
+    @property
+    def steps(self) -> list[Step]:
+        """All of them, in order."""
+        return [*self.read, *self.cut, *self.write]
+
     def refuses(self, step: Step) -> str | None:
         """Why ``step`` can't join this pass, or None if it can."""
+        for one in (*self.steps, step) if self.steps else ():
+            if one.rule.tokenwise or one.rule.feedback or any(isinstance(v, tuple) for v in one.values.values()):
+                return f"{one.rule.name} has a pass of its own"
         reads = step.rule.reads
         if step.rule.kind != "reshaping" and self.write:
             return f"{step.rule.name} cuts what {self.write[-1].rule.name} has reshaped"
@@ -55,12 +67,19 @@ class Pass:
         return None
 
     def add(self, step: Step) -> None:
-        if step.rule.kind != "reshaping":
+        if step.rule.kind in ("truncation", "band", "selection"):
             self.cut.append(step)
-        elif self.cut or step.rule.reads or self.write:
+        elif self.cut or step.rule.reads or self.write or step.rule.tokenwise:
             self.write.append(step)
         else:
             self.read.append(step)
+
+
+class Seen(NamedTuple):
+    """What a chain's memory needs to know of a step of generation, until the token is drawn: by number of the step of the chain
+    the logits it was given, (B, V)."""
+
+    rows: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +90,7 @@ class Chain:
     """
 
     steps: tuple[Step, ...]
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -85,7 +105,7 @@ class Chain:
             other = other()
         if not isinstance(other, Chain):
             return NotImplemented
-        return Chain(self.steps + other.steps)
+        return Chain(self.steps + other.steps, self.weights or other.weights)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.steps))
@@ -104,11 +124,22 @@ class Chain:
         """Number of rows its parameters are given for, or None if every row has the same."""
         return next((s.per_row for s in self.steps if s.per_row is not None), None)
 
-    def mask(self, logits: Tensor, *, check: bool = True) -> Tensor:
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads besides the logits: of ``history``, ``chance``, ``state`` and ``model``."""
+        return frozenset().union(*(step.rule.needs for step in self.steps if not step.is_off))
+
+    def for_model(self, model: Any) -> Chain:
+        """The chain, with the embeddings of a transformers model, which a few rules read."""
+        return Chain(self.steps, Weights.of(model))
+
+    def mask(self, logits: Tensor, *, history: History | None = None, state: State | None = None, check: bool = True) -> Tensor:
         """The logits with dropped tokens at -inf and kept ones untouched.
 
         Args:
             logits: (B, V), any floating type.
+            history: the tokens so far, for chains that read them (see `needs`).
+            state: what the chain remembers, for chains that do; see `init`.
             check: raise on rows that no model should produce (NaN, +inf, nothing finite). Without it, which saves a
                 synchronisation on GPUs, NaN counts as dropped, +inf as the largest finite value, and a row with nothing
                 finite comes back as it is.
@@ -117,45 +148,82 @@ class Chain:
             (B, V) in the type of ``logits``.
 
         Raises:
-            DecalError: wrong shape or type, bad values, or per-row parameters for another number of rows.
+            DecalError: wrong shape or type, bad values, per-row parameters or a history for another number of rows, or
+                something missing that the chain reads.
         """
-        return self._masked(logits, self._run(logits, check))
+        return self._masked(logits, self._run(logits, check, history, state)[0])
 
-    def __call__(self, logits: Tensor, *, check: bool = True) -> Tensor:
+    def __call__(
+        self, logits: Tensor, *, history: History | None = None, state: State | None = None, check: bool = True
+    ) -> Tensor:
         """The logits with every step applied: dropped tokens at -inf, kept ones reshaped. Arguments as in `mask`."""
-        processed = self._run(logits, check)
-        if all(s.rule.kind != "reshaping" or s.is_off for s in self.steps):
-            return self._masked(logits, processed)
-        return choose().module.narrow(processed, logits.dtype)
+        return self.apply(logits, state, history=history, check=check)[0]
+
+    def apply(
+        self, logits: Tensor, state: State | None = None, *, history: History | None = None, check: bool = True
+    ) -> tuple[Tensor, Seen]:
+        """What a call gives, and what `observe` wants to know once the tokens are drawn. Arguments as in `mask`."""
+        processed, seen = self._run(logits, check, history, state)
+        if all(s.rule.kind in ("truncation", "band", "selection") or s.is_off for s in self.steps):
+            return self._masked(logits, processed), seen
+        return choose().module.narrow(processed, logits.dtype), seen
+
+    def init(self, rows: int, *, device: torch.device | str = "cpu") -> State:
+        """What the chain remembers before the first token, for so many rows."""
+        like = torch.zeros((), dtype=choose().module.wide(torch.device(device)), device=device)
+        states = [step.init(like) for step in self.steps]
+        return tuple(state and {name: v.expand(rows, 1) for name, v in state.items()} for state in states)
+
+    def observe(self, state: State, seen: Seen, tokens: Tensor) -> State:
+        """What the chain remembers after ``tokens`` (B,) were drawn; ``state`` and ``seen`` are from before.
+
+        A token that a step was not offered, such as padding behind the end, leaves that step's memory as it was.
+        """
+        new = list(state)
+        for number, z_BV in seen.rows.items():
+            step, old = self.steps[number], state[number]
+            logp = z_BV.gather(-1, tokens.to(z_BV.device)[:, None]) - z_BV.logsumexp(-1, keepdim=True)
+            assert step.rule.feedback is not None
+            assert old is not None
+            updated = step.rule.feedback.update(old, logp, **step.numbers(z_BV))
+            new[number] = {name: torch.where(logp.isfinite(), updated[name], old[name]) for name in old}
+        return tuple(new)
 
     @staticmethod
     def _masked(logits: Tensor, processed: Tensor) -> Tensor:
         return logits.masked_fill(processed.isneginf(), -torch.inf)
 
-    def _run(self, logits: Tensor, check: bool) -> Tensor:
-        self._admit(logits, check)
+    def _run(
+        self, logits: Tensor, check: bool, history: History | None = None, state: State | None = None
+    ) -> tuple[Tensor, Seen]:
+        self._admit(logits, check, history, state)
         backend = choose().module
-        z_BV = backend.clean(logits)
+        context = Context(history, self.weights)
+        number = {id(step): i for i, step in enumerate(self.steps)}
+        z_BV, seen = backend.clean(logits), {}
+        # A row with nothing finite is none of the rules' business.
+        dead = ~z_BV.isfinite().any(-1, keepdim=True)
+        z_BV = torch.where(dead, 0.0, z_BV)
         for one in self.plan:
-            for step in one.read:
-                z_BV = backend.affine(z_BV, *step.answer(DenseRow(z_BV, backend), z_BV))
-            row = DenseRow(z_BV, backend)
-            low, high = torch.tensor(-torch.inf).to(z_BV), torch.tensor(torch.inf).to(z_BV)
-            for step in one.cut:
-                bounds = step.answer(row, z_BV)
-                low, high = low.maximum(bounds[0]), high.minimum(bounds[1])
-            if one.cut:
-                z_BV = backend.keep_between(z_BV, low, high)
-            for step in one.write:
-                z_BV = backend.affine(z_BV, *step.answer(row, z_BV))
-        return z_BV
+            for step in one.steps:
+                if step.rule.feedback:
+                    seen[number[id(step)]] = z_BV
+            state_of = {id(step): state[number[id(step)]] if state else None for step in one.steps}
+            z_BV = run_pass(one, z_BV, context, state_of)
+        return torch.where(dead, -torch.inf, z_BV), Seen(seen)
 
-    def _admit(self, logits: Tensor, check: bool) -> None:
+    def _admit(self, logits: Tensor, check: bool, history: History | None, state: State | None) -> None:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or 0 in logits.shape:
             got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise DecalError(f"logits must be a floating-point tensor of shape (B, V), got {got}")
         if self.per_row not in (None, len(logits)):
             raise DecalError(f"the chain has parameters for {self.per_row} rows, the logits have {len(logits)}")
+        if history is not None and len(history) != len(logits):
+            raise DecalError(f"the history is of {len(history)} rows, the logits have {len(logits)}")
+        if state is not None and len(state) != len(self.steps):
+            raise DecalError(f"the state is of a chain of {len(state)} steps, this one has {len(self.steps)}")
+        if self.weights is not None and len(self.weights.embedding) < logits.shape[1]:
+            raise DecalError(f"the model has {len(self.weights.embedding)} embeddings, the logits {logits.shape[1]} tokens")
         if not check:
             return
         bad = logits.isnan() | logits.isposinf()
@@ -190,6 +258,7 @@ class Chain:
                     reads = ", ".join(sorted(step.rule.reads)) or "nothing"
                     lines.append(f"    {role:<10}  {step!s:<24}  {step.rule.summary}  [reads {reads}]")
         lines += [f"  off: {step}" for step in self.steps if step.is_off]
+        lines += [f"  {note}" for note in notes(self)]
         lines.append(f"  backend: {backend.name} ({backend.reason})")
         print("\n".join(lines), file=file or sys.stdout)
 
@@ -198,30 +267,124 @@ class Chain:
         steps = [{"rule": s.rule.name, **{name: _plain(value) for name, value in s.values.items()}} for s in self.steps]
         return json.dumps({"chain": steps}, allow_nan=False)
 
-    def processor(self) -> ChainProcessor:
-        """The chain as a transformers ``LogitsProcessor``. Needs transformers."""
+    def processor(
+        self, pad_token_id: int | None = None, requests: Tensor | Sequence[int] | None = None, beams: int = 1
+    ) -> ChainProcessor:
+        """The chain as a transformers ``LogitsProcessor``. Needs transformers.
+
+        Use a new one for each ``generate``, unless it continues a text. Padding, requests and beams matter to chains that read
+        the tokens so far, remember, or toss coins (see `needs`).
+
+        Args:
+            pad_token_id: a run of this token on the left is padding; without it padding counts as text.
+            requests: request numbers for random choices, one per request; by default the places in the batch. The same number
+                gives the same choices in any batch.
+            beams: beams per request; they share its random choices.
+
+        Raises:
+            DecalError: the chain reads a model's embeddings and has none; see `for_model`.
+        """
         from decal.samplers.processor import ChainProcessor
 
-        return ChainProcessor(self)
+        return ChainProcessor(self, pad_token_id, requests, beams)
 
-    def generate_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+    def generate_kwargs(
+        self, *, requests: Tensor | Sequence[int] | None = None, direct: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         """Arguments for ``model.generate`` under which this chain alone decides the distribution.
 
         They carry the processor and neutralise every built-in warper, penalty, bias and guidance, whatever the model's own
-        generation config says; what it bans or demands (``bad_words_ids``, ``min_length``, a watermark) stays. ``kwargs`` are
-        added (``max_new_tokens=20``).
+        generation config says; what it bans or demands (``bad_words_ids``, ``min_length``, a watermark) stays. Chains that read
+        the tokens so far want ``pad_token_id`` for batches padded on the left. Ask for new ones for each ``generate``.
+
+        Args:
+            requests: see `processor`.
+            direct: run the sampling loop through the chain: rules with feedback are told of each token as soon as it is drawn,
+                not when the next one is due, and nothing is stored by the tokens of a text. The tokens are the same. It can't
+                go with beams or assistants, and a text that is taken up again begins afresh.
+            kwargs: added as they are (``max_new_tokens=20``).
 
         Raises:
-            DecalError: a keyword would reshape the distribution beside the chain.
+            DecalError: a keyword would reshape the distribution beside the chain, or doesn't go with ``direct``; or the chain
+                reads a model's embeddings and has none, see `for_model`.
         """
-        from decal.samplers.processor import generate_kwargs
+        from decal.samplers.generate import generate_kwargs
 
-        return generate_kwargs(self, kwargs)
+        return generate_kwargs(self, kwargs, requests, direct)
 
 
-def _plain(value: float | int | Tensor) -> Any:
+def run_pass(
+    one: Pass,
+    z_BV: Tensor,
+    context: Context,
+    state_of: Mapping[int, Mapping[str, Tensor] | None],
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """One pass over logits in wide floats. ``state_of`` is by id of the step; ``tokens`` as in `DenseRow`."""
+    backend = choose().module
+    for step in one.read:
+        z_BV = transform(z_BV, step.answer(DenseRow(z_BV, backend, context, None, tokens), z_BV))
+    # A step with a memory has the pass to itself.
+    row = DenseRow(z_BV, backend, context, next(filter(None, map(state_of.get, map(id, one.steps))), None), tokens)
+    if len(one.cut) == 1:
+        z_BV = transform(z_BV, one.cut[0].answer(row, z_BV), row)
+    elif one.cut:
+        bands = [cast(Band, step.answer(row, z_BV)) for step in one.cut]
+        low, high = reduce(torch.maximum, (b.low for b in bands)), reduce(torch.minimum, (b.high for b in bands))
+        z_BV = transform(z_BV, Band(low, high))
+    for step in one.write:
+        z_BV = transform(z_BV, step.answer(row, z_BV))
+    return z_BV
+
+
+def transform(z_BV: Tensor, answer: Band | Affine | Map | Keep, row: DenseRow | None = None) -> Tensor:
+    """What a step's answer makes of logits in wide floats; ``row`` is needed where a band spares tokens."""
+    backend = choose().module
+    if isinstance(answer, Affine):
+        return backend.affine(z_BV, *answer)
+    if isinstance(answer, Map):
+        return backend.remap(z_BV, answer.fn)
+    if isinstance(answer, Keep):
+        return backend.keep(z_BV, answer.fn(z_BV))
+    kept = backend.keep_between(z_BV, answer.low, answer.high)
+    if answer.spared:
+        assert row is not None
+        return torch.where(row.is_one_of(answer.spared), z_BV, kept)
+    return kept
+
+
+def notes(chain: Chain) -> list[str]:
+    """Where the order of a chain is not what its rules were made for, and what it is equivalent to."""
+    found = []
+    for number, step in enumerate(chain.steps):
+        if step.is_off:
+            continue
+        before, after = (_temperatures(steps) for steps in (chain.steps[:number], chain.steps[number + 1 :]))
+        side = step.rule.side
+        if side == "before" and before:
+            found.append(f"warning: {step.rule.name} was made to stand before temperature; here it comes after {before[-1]}")
+        if side == "after" and after:
+            found.append(f"warning: {step.rule.name} was made to stand after temperature; here it comes before {after[0]}")
+        last = chain.steps[number - 1] if number else None
+        if last is None or last not in before or step.per_row or last.per_row or not last.values["t"]:
+            continue
+        if step.rule.scale:
+            found.append(f"note: {step} keeps the same tokens before {last} as after it")
+        elif step.rule.moved:
+            moved = step.rule.step(**{**step.values, **step.rule.moved(last.values["t"], **step.values)})
+            found.append(f"note: {step} after {last} keeps the same tokens as {moved} before it")
+    return found
+
+
+def _temperatures(steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if step.rule.name == "temperature" and not step.is_off]
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return [_plain(v) for v in value[:, 0].tolist()]
+    if isinstance(value, tuple):
+        return {"tokens": list(value)}
     return "inf" if value == math.inf else value
 
 
@@ -271,7 +434,8 @@ def _parse_value(node: ast.expr, rule: str) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
-        raise DecalError(f"{rule}: a value must be a number, inf, or a list of them, got {ast.unparse(node)}") from None
+        wanted = "a number, inf, a list of them, a word in quotes, or token ids in brackets"
+        raise DecalError(f"{rule}: a value must be {wanted}, got {ast.unparse(node)}") from None
 
 
 def _column(values: Iterable[Any], rule: str) -> Tensor:
@@ -298,4 +462,6 @@ def from_json(text: str) -> Chain:
 def _unplain(value: Any, rule: str) -> Any:
     if isinstance(value, list):
         return _column([_unplain(v, rule) for v in value], rule)
+    if isinstance(value, dict) and set(value) == {"tokens"} and isinstance(value["tokens"], list):
+        return tuple(value["tokens"])
     return math.inf if value == "inf" else value

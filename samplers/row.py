@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from decal.kernels import random
 from decal.kernels.statistics import STATISTICS
+from decal.samplers.context import Context, History, Weights
+from decal.samplers.errors import DecalError
 
 
 class Band(NamedTuple):
-    """Answer of a rule that keeps the logits in [low, high], each (B, 1)."""
+    """Answer of a rule that keeps the logits in [low, high], each (B, 1), and the tokens ``spared`` wherever they are."""
 
     low: Tensor
     high: Tensor
+    spared: tuple[int, ...] = ()
 
 
 class Affine(NamedTuple):
@@ -28,15 +33,45 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+class Map(NamedTuple):
+    """Answer of a rule that maps the kept logits in any other way.
+
+    Attributes:
+        fn: from logits (B, V), -inf where dropped, to new ones. Tokens of equal logit must fare alike, unless the rule looks at
+            the tokens so far.
+        drops: whether it may drop tokens.
+        monotone: whether it leaves the order of the kept tokens as it is.
+        low: (B, 1) a logit below which it drops everything, if there is one, so that ``fn`` need not be given those tokens.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    drops: bool = False
+    monotone: bool = True
+    low: Tensor | None = None
+
+
+class Keep(NamedTuple):
+    """Answer of a rule that says of every token whether it is kept: ``fn`` maps logits (B, V) to booleans."""
+
+    fn: Callable[[Tensor], Tensor]
+
+
+Answer = Tensor | Band | Affine | Map | Keep
+
+
 class Row(Protocol):
     """Statistics of a batch of rows over their kept tokens, each (B, 1), in logit units or nats.
 
-    Besides ``max`` a row has what `decal.kernels.statistics.STATISTICS` lists, and two order statistics.
+    Besides ``max`` a row has what `decal.kernels.statistics.STATISTICS` lists, and order statistics.
     """
 
     @property
     def max(self) -> Tensor:
         """The largest logit."""
+
+    @property
+    def min(self) -> Tensor:
+        """The smallest kept logit."""
 
     @property
     def logz(self) -> Tensor:
@@ -49,6 +84,10 @@ class Row(Protocol):
     @property
     def collision(self) -> Tensor:
         """Collision probability, the sum of p^2."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the logits."""
 
     @property
     def std(self) -> Tensor:
@@ -64,16 +103,66 @@ class Row(Protocol):
     def nearest(self, center: Tensor, mass: Tensor) -> Band:
         """The tokens nearest to the logit ``center`` that together hold ``mass`` of the probability."""
 
+    def smallest_from(self, level: Tensor) -> Tensor:
+        """The smallest kept logit that is at least ``level``; inf if there is none."""
+
+    def longest(
+        self, score: Callable[[TopSets], Tensor], *, at_least: Tensor | None = None, at_most: Tensor | None = None
+    ) -> Tensor:
+        """Size of the largest top set such that the score of it and of every smaller one is within the bound given.
+
+        ``score`` must depend on nothing but the `TopSets`; a score that is NaN counts as within.
+        """
+
+    def best(self, score: Callable[[TopSets], Tensor]) -> Tensor:
+        """Size of the top set of largest score, the smallest of several."""
+
+    def head(self, size: int) -> Row:
+        """The rows cut to their ``size`` most probable tokens, without regard to ties."""
+
+    def ranked(self, size: int) -> Tensor:
+        """(B, m) the ``size`` largest logits in decreasing order, or all if there are fewer; -inf behind the last."""
+
+    @property
+    def history(self) -> History:
+        """The tokens so far."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What the rule remembers; see `decal.samplers.rule.Feedback`."""
+
+    @property
+    def weights(self) -> Weights:
+        """The model's embeddings."""
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """(B, W) which tokens the columns are, or None if column i is token i."""
+
+    def per_token(self, table: Callable[[History, int], Tensor]) -> Tensor:
+        """What ``table(history, vocabulary)``, (B, V), says of the tokens of the logits that a `Map` or `Keep` is given."""
+
+    def is_one_of(self, tokens: tuple[int, ...]) -> Tensor:
+        """Which of the logits a `Map` or `Keep` is given belong to ``tokens``."""
+
+    def chance(self, probability: Tensor, seed: Tensor) -> Tensor:
+        """(B, 1) whether something of that probability happens: a function of seed, request and position."""
+
 
 class BaseRow:
     """Statistics from moments, remembered, and the names that were asked for.
 
-    A subclass says how moments are summed (`_moments`) and gives ``max``, ``upper`` and ``nearest``.
+    A subclass says how moments are summed (`_moments`), at which level (`_reference`), and gives the order statistics. Where
+    several rows share a history, ``place`` (B,) says which one each has.
     """
 
-    def __init__(self) -> None:
+    place: Tensor | None = None
+
+    def __init__(self, context: Context | None = None, state: Mapping[str, Tensor] | None = None) -> None:
         self.reads: set[str] = set()
         self._sums: dict[str, Tensor] = {}
+        self._context, self._state = context or Context(), state
+        self.chances: list[Tensor] = []  # probabilities of the coins that were asked for
 
     def _moments(self, names: list[str]) -> Mapping[str, Tensor]:
         raise NotImplementedError
@@ -83,21 +172,96 @@ class BaseRow:
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in STATISTICS:
-            raise AttributeError(f"a row has no statistic {name!r}; it has max, {', '.join(STATISTICS)}")
+            raise AttributeError(f"a row has no statistic {name!r}; it has max, min, {', '.join(STATISTICS)}")
         self.reads.add(name)
         statistic = STATISTICS[name]
         missing = [moment for moment in statistic.moments if moment not in self._sums]
         self._sums.update(self._moments(missing))
         return statistic.finish(self._reference(), self._sums)
 
+    @property
+    def max(self) -> Tensor:
+        raise NotImplementedError
+
+    # ---- what isn't in the logits
+
+    @property
+    def history(self) -> History:
+        self.reads.add("history")
+        history = self._history()
+        return history if self.place is None else history.rows(self.place)
+
+    def _history(self) -> History:
+        if self._context.history is None:
+            raise DecalError("this chain reads the tokens so far: call it with history=decal.History.of(input_ids)")
+        return self._context.history
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        self.reads.add("state")
+        if self._state is None:
+            raise DecalError(
+                "this chain remembers what was drawn: use chain.init, chain.apply and chain.observe, or a processor"
+            )
+        return self._state
+
+    @property
+    def weights(self) -> Weights:
+        self.reads.add("model")
+        if self._context.weights is None:
+            raise DecalError("this chain reads the model's embeddings: use chain.for_model(model)")
+        return self._context.weights
+
+    def chance(self, probability: Tensor, seed: Tensor) -> Tensor:
+        self.reads.add("chance")
+        self.chances.append(probability)
+        if self._context.coin is not None:
+            return torch.full_like(probability, self._context.coin, dtype=torch.bool)
+        self.reads.add("history")
+        history = self.history
+        return random.uniform(seed, history.request, history.length) < probability
+
+    # ---- order statistics by looking at top sets of every size
+
+    def _ranking(self) -> Ranking:
+        raise NotImplementedError
+
+    def longest(
+        self, score: Callable[[TopSets], Tensor], *, at_least: Tensor | None = None, at_most: Tensor | None = None
+    ) -> Tensor:
+        self.reads.add("top sets")
+        bound = at_least if at_least is not None else at_most
+        assert bound is not None
+        ranking = self._ranking()
+        sign = 1.0 if at_least is not None else -1.0
+        return ranking.longest(lambda top: sign * score(top), (sign * bound)[:, 0].expand(len(ranking.state)))[:, None]
+
+    def best(self, score: Callable[[TopSets], Tensor]) -> Tensor:
+        self.reads.add("top sets")
+        return self._ranking().best(score)[:, None]
+
 
 class DenseRow(BaseRow):
-    """A row over logits ``z_BV`` (-inf where dropped), computed by ``backend``."""
+    """A row over logits ``z_BV`` (-inf where dropped), computed by ``backend``.
 
-    def __init__(self, z_BV: Tensor, backend: ModuleType):
-        super().__init__()
-        self._z, self._backend = z_BV, backend
+    Args:
+        tokens: (B, W) which tokens the columns are, if they aren't all in order.
+        place: (B,) which row of the history each row belongs to, if they aren't one to one.
+    """
+
+    def __init__(
+        self,
+        z_BV: Tensor,
+        backend: ModuleType,
+        context: Context | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        tokens: Tensor | None = None,
+        place: Tensor | None = None,
+    ):
+        super().__init__(context, state)
+        self._z, self._backend, self.tokens, self.place = z_BV, backend, tokens, place
         self.kth: Tensor | None = None  # the last k-th largest asked for
+        self._ranked: Ranking | None = None
 
     def _moments(self, names: list[str]) -> Mapping[str, Tensor]:
         return self._backend.moments(self._z, names)
@@ -110,6 +274,11 @@ class DenseRow(BaseRow):
         self.reads.add("max")
         return self._reference()
 
+    @property
+    def min(self) -> Tensor:
+        self.reads.add("min")
+        return self.smallest_from(torch.full_like(self._reference(), -torch.finfo(self._z.dtype).max))
+
     def upper(self, *, count: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
         self.reads.add("upper(mass)" if count is None else "upper(count)")
         answer = self._backend.upper(self._z, count=count, mass=mass)
@@ -120,3 +289,187 @@ class DenseRow(BaseRow):
     def nearest(self, center: Tensor, mass: Tensor) -> Band:
         self.reads.add("nearest")
         return Band(*self._backend.nearest(self._z, center, mass))
+
+    def smallest_from(self, level: Tensor) -> Tensor:
+        self.reads.add("nearest")
+        return self._backend.smallest_from(self._z, level)
+
+    def per_token(self, table: Callable[[History, int], Tensor]) -> Tensor:
+        self.reads.add("history")
+        history = self._history()
+        vocabulary = self._z.shape[1] if self.tokens is None else int(self.tokens.max()) + 1
+        found = table(history, vocabulary).to(self._z.device)
+        place = torch.arange(len(self._z), device=found.device) if self.place is None else self.place
+        if self.tokens is None:
+            return found[place]
+        return found[place[:, None].expand_as(self.tokens), self.tokens]
+
+    def is_one_of(self, tokens: tuple[int, ...]) -> Tensor:
+        """Which of the columns are one of ``tokens``; (1, V), or (B, W) where columns aren't all tokens in order."""
+        columns = torch.arange(self._z.shape[1], device=self._z.device)[None] if self.tokens is None else self.tokens
+        return torch.isin(columns, torch.tensor(tokens, dtype=torch.long, device=self._z.device))
+
+    def head(self, size: int) -> DenseRow:
+        self.reads.add("top sets")
+        return DenseRow(self.ranked(size), self._backend)
+
+    def ranked(self, size: int) -> Tensor:
+        self.reads.add("top sets")
+        return self._z.topk(min(size, self._z.shape[1]), -1).values
+
+    def _ranking(self) -> Ranking:
+        if self._ranked is None:
+            ranked = self._z.sort(-1, descending=True).values
+            rows = torch.arange(len(ranked), device=ranked.device)
+            self._ranked = Ranking(lambda some, start, stop: ranked[some, start:stop], ranked.shape[1], rows, rows)
+        return self._ranked
+
+
+class TopSets(BaseRow):
+    """The sets of the k most probable tokens of some rows, for every k of a range at once; everything (B, m).
+
+    They have the statistics of a row, each of the row cut to that set, and besides ``mass``, their probability; ``value``, the
+    logit of their last token; ``below``, the logit of the next one (-inf behind the last); and ``curvature``, the running sum
+    of the absolute second differences of the ranked probabilities, up to the one centred on the set's last token, as a share of
+    all of them (NaN where there are none).
+    """
+
+    def __init__(self, ranking: Ranking, some: Tensor, start: int, stop: int, carry: dict[str, Tensor]):
+        super().__init__()
+        self._ranking_, self._some, self._start = ranking, some, start
+        wide = ranking.values(some, max(start - 1, 0), stop + 1)
+        pad = (int(start == 0), stop + 1 - min(stop + 1, ranking.width))
+        wide = torch.nn.functional.pad(wide, pad, value=-torch.inf)
+        self._before, self.value, self.below = wide[:, :-2], wide[:, 1:-1], wide[:, 2:]
+        self._top = ranking.top[some]
+        self._carry = carry
+        self.alive = self.value.isfinite()
+
+    def _reference(self) -> Tensor:
+        return self._top
+
+    def _moments(self, names: list[str]) -> Mapping[str, Tensor]:
+        from decal.kernels.statistics import MOMENTS
+
+        d = torch.where(self.alive, self.value - self._top, 0.0)
+        e = d.exp()
+        return {name: self._running(name, torch.where(self.alive, MOMENTS[name](d, e), 0.0)) for name in names}
+
+    def _running(self, name: str, summand: Tensor) -> Tensor:
+        sums = summand.cumsum(-1)
+        if name in self._carry:
+            sums = sums + self._carry[name][self._some]
+        return sums
+
+    def last(self) -> dict[str, Tensor]:
+        """Running sums at the end of the range, to carry on from."""
+        found = dict(self._sums)
+        if "curvature" in self.__dict__.get("_extra", {}):
+            found["curvature"] = self._extra["curvature"]
+        return {name: sums[:, -1:] for name, sums in found.items()}
+
+    @property
+    def mass(self) -> Tensor:
+        return (self.logz - self._ranking_.logz[self._some]).exp()
+
+    @property
+    def curvature(self) -> Tensor:
+        inner = self._before.isfinite() & self.below.isfinite()
+        p, q, r = (torch.where(inner, z - self._top, 0.0).exp() for z in (self._before, self.value, self.below))
+        self._extra = {"curvature": self._running("curvature", torch.where(inner, (p - 2 * q + r).abs(), 0.0))}
+        return self._extra["curvature"] / self._ranking_.curvature[self._some]
+
+
+class Ranking:
+    """The kept logits of U rows in decreasing order, read piece by piece, and N questions about them.
+
+    Args:
+        values: ``values(rows, start, stop)`` are the logits (U', m) at ranks [start, stop) of some rows, -inf behind the last.
+        width: the largest number of ranks.
+        unique: (U,) the rows.
+        state: (N,) which of the rows each question is about.
+    """
+
+    FIRST, GROWTH = 256, 16
+
+    def __init__(self, values: Callable[[Tensor, int, int], Tensor], width: int, unique: Tensor, state: Tensor):
+        self.values, self.width, self.state = values, width, state
+        self.rows = torch.arange(len(unique), device=unique.device)
+        self.top = values(self.rows, 0, 1)
+        self._whole: dict[str, Tensor] = {}
+
+    @property
+    def logz(self) -> Tensor:
+        """(U, 1)"""
+        if "logz" not in self._whole:
+            self._whole["logz"] = self.values(self.rows, 0, self.width).logsumexp(-1, keepdim=True)
+        return self._whole["logz"]
+
+    @property
+    def curvature(self) -> Tensor:
+        """(U, 1) sum of the absolute second differences of exp(logit - max), by rank."""
+        if "curvature" not in self._whole:
+            z = self.values(self.rows, 0, self.width) - self.top
+            p, inner = z.exp(), z[:, 2:].isfinite()
+            second = torch.where(inner, (p[:, :-2] - 2 * p[:, 1:-1] + p[:, 2:]).abs(), 0.0)
+            self._whole["curvature"] = second.cumsum(-1)[:, -1:] if second.shape[1] else torch.zeros_like(self.top)
+        return self._whole["curvature"]
+
+    def _pieces(self) -> Any:
+        start, size = 0, self.FIRST
+        while start < self.width:
+            yield start, min(start + size, self.width)
+            start, size = start + size, size * self.GROWTH
+
+    def longest(self, score: Callable[[TopSets], Tensor], at_least: Tensor) -> Tensor:
+        """(N,) sizes, as floats."""
+        answer = torch.zeros(len(self.state), dtype=self.top.dtype, device=self.top.device)
+        open_ = torch.arange(len(self.state), device=self.top.device)
+        carry: dict[str, Tensor] = {}
+        low = torch.full((len(self.rows), 1), torch.inf, dtype=self.top.dtype, device=self.top.device)
+        for start, stop in self._pieces():
+            # Rows that nobody asks about any more are not read on.
+            some, index = self.state[open_].unique(return_inverse=True)
+            top = TopSets(self, some, start, stop, carry)
+            given = score(top)
+            # The worst score so far answers every question about a row at once; behind the last token nothing is within.
+            worst = torch.where(given.isnan(), torch.inf, given).masked_fill(~top.alive, -torch.inf)
+            worst = torch.cat([low[some], worst], 1).cummin(-1).values
+            size = _first_below(worst[:, 1:], index, at_least[open_])
+            answer[open_] += size
+            for name, sums in top.last().items():
+                carry.setdefault(name, torch.zeros_like(low))[some] = sums
+            low[some] = worst[:, -1:]
+            open_ = open_[size == stop - start]
+            if not len(open_):
+                break
+        return answer
+
+    def best(self, score: Callable[[TopSets], Tensor]) -> Tensor:
+        """(N,) sizes, as floats."""
+        some = self.rows
+        carry: dict[str, Tensor] = {}
+        most = torch.full_like(self.top, -torch.inf)
+        size = torch.ones_like(self.top)
+        for start, stop in self._pieces():
+            top = TopSets(self, some, start, stop, carry)
+            given = score(top)
+            given = torch.where(given.isnan() | ~top.alive, -torch.inf, given)
+            found, where = given.max(-1, keepdim=True)
+            size = torch.where(found > most, (start + where + 1).to(size), size)
+            most = most.maximum(found)
+            carry = top.last()
+        return size[self.state, 0]
+
+
+def _first_below(worst: Tensor, index: Tensor, level: Tensor) -> Tensor:
+    """(N,) first place in row ``index`` of the decreasing ``worst`` (U, m) that is below ``level``; m if none is."""
+    lo = torch.zeros_like(index)
+    hi = torch.full_like(index, worst.shape[1])
+    for _ in range(worst.shape[1].bit_length()):
+        middle = (lo + hi) // 2
+        open_ = lo < hi
+        below = worst[index, middle.clamp(max=worst.shape[1] - 1)] < level
+        hi = torch.where(open_ & below, middle, hi)
+        lo = torch.where(open_ & ~below, middle + 1, lo)
+    return lo

@@ -5,8 +5,17 @@
         "Keep tokens at least ``p`` times as probable as the most probable one."
         return row.max + torch.log(p)
 
-The body sees a `Row` and its parameters as (B, 1) or (1, 1) tensors. What it returns says what kind of rule it is: a tensor
-is the lowest logit kept (*truncation*), a `Band` the lowest and highest one (*band*), an `Affine` a map (*reshaping*).
+The body sees a `Row` and its parameters as (B, 1) or (1, 1) tensors. What it returns says what kind of rule it is:
+
+========== ========================== =======================================================================
+answer     kind                       meaning
+========== ========================== =======================================================================
+a tensor   truncation                 the lowest logit kept
+`Band`     band                       the lowest and the highest logit kept
+`Keep`     selection                  which tokens are kept, one by one
+`Affine`   reshaping                  an affine map of the kept logits
+`Map`      reshaping, or projection   any function of them; a projection also drops some
+========== ========================== =======================================================================
 """
 
 from __future__ import annotations
@@ -15,50 +24,63 @@ import difflib
 import inspect
 import math
 import numbers
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from decal.kernels import reference
+from decal.samplers.context import Context
 from decal.samplers.errors import DecalError
-from decal.samplers.row import Affine, Band, BaseRow, DenseRow
+from decal.samplers.row import Affine, Answer, Band, BaseRow, DenseRow, Keep, Map
 
 if TYPE_CHECKING:
     from decal.samplers.chain import Chain
 
-Value = float | int | Tensor
-Answer = Tensor | Band | Affine
+Value = float | int | str | tuple[int, ...] | Tensor
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """Declaration of one parameter: allowed are [low, high] and ``off``, the value at which the rule does nothing."""
+    """Declaration of a number: allowed are [low, high] and ``off``, the value at which the rule does nothing.
+
+    With ``static`` all rows share one value, which the body sees as a Python number.
+    """
 
     default: float
     low: float
     high: float
-    off: float
+    off: float | None
     integer: bool
     sweep: tuple[float, ...]
+    static: bool
 
     @property
     def allowed(self) -> str:
+        """The allowed values, in words."""
         end = f"{self.high:g}]" if math.isfinite(self.high) else "inf)"
+        interval = f"{'an integer ' if self.integer else ''}in [{self.low:g}, {end}"
+        if self.off is None:
+            return interval
         inside = self.low <= self.off <= self.high and math.isfinite(self.off)
-        return f"{'an integer ' if self.integer else ''}in [{self.low:g}, {end}" + (
-            f" ({self.off:g} = off)" if inside else f" (or {self.off:g} = off)"
-        )
+        return interval + (f" ({self.off:g} = off)" if inside else f" (or {self.off:g} = off)")
 
     def check(self, where: str, value: Any) -> Value:
         """``value`` as a float, an int or a (B, 1) tensor. Raises DecalError naming ``where`` if it isn't allowed."""
         if isinstance(value, Tensor):
+            if self.static:
+                raise DecalError(f"{where} is one number for all rows, {self.allowed}, got a tensor")
             return self._check_tensor(where, value)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise DecalError(f"{where} must be a number {self.allowed} or a (B, 1) tensor of them, got {value!r}")
+            tensor = "" if self.static else " or a (B, 1) tensor of them"
+            raise DecalError(f"{where} must be a number {self.allowed}{tensor}, got {value!r}")
         try:
             admitted = self._admits(float(value))
         except OverflowError:
@@ -81,20 +103,128 @@ class Parameter:
                 raise DecalError(f"{where} must be {self.allowed}, got {number!r} in row {row}")
         return value.detach()
 
+    def text(self, value: Value) -> str:
+        """How a chain's text form writes ``value``."""
+        if not isinstance(value, Tensor):
+            return repr(value)
+        return repr([int(v) if self.integer and math.isfinite(v) else float(v) for v in value[:, 0].tolist()])
+
+    @property
+    def off_text(self) -> str:
+        """The off value in a table."""
+        return "" if self.off is None else f"{self.off:g}"
+
+
+@dataclass(frozen=True)
+class ChoiceParameter:
+    """Declaration of a word out of a few."""
+
+    default: str
+    options: tuple[str, ...]
+    off: None = None
+    static: bool = True
+
+    @property
+    def sweep(self) -> tuple[str, ...]:
+        """Nothing but the default is compared."""
+        return (self.default,)
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values, in words."""
+        return "one of " + ", ".join(self.options)
+
+    def check(self, where: str, value: Any) -> str:
+        """``value``, if it is allowed. Raises DecalError."""
+        if not isinstance(value, str) or value not in self.options:
+            raise DecalError(f"{where} must be {self.allowed}, got {value!r}")
+        return value
+
+    def text(self, value: Value) -> str:
+        """How a chain's text form writes ``value``."""
+        return repr(value)
+
+
+@dataclass(frozen=True)
+class TokensParameter:
+    """Declaration of a set of token ids."""
+
+    default: tuple[int, ...] = ()
+    off: None = None
+    static: bool = True
+
+    @property
+    def sweep(self) -> tuple[tuple[int, ...], ...]:
+        """Nothing but the default is compared."""
+        return (self.default,)
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values, in words."""
+        return "a tuple of token ids"
+
+    def check(self, where: str, value: Any) -> tuple[int, ...]:
+        """``value`` as a tuple of ints. Raises DecalError."""
+        good = isinstance(value, (tuple, list)) and all(
+            isinstance(v, numbers.Integral) and not isinstance(v, bool) and int(v) >= 0 for v in value
+        )
+        if not good:
+            raise DecalError(f"{where} must be {self.allowed} such as (13, 198), got {value!r}")
+        return tuple(int(v) for v in value)
+
+    def text(self, value: Value) -> str:
+        """How a chain's text form writes ``value``."""
+        return repr(value)
+
+
+AnyParameter = Parameter | ChoiceParameter | TokensParameter
+
 
 def Param(
-    default: float, *, low: float, off: float, high: float = math.inf, integer: bool = False, sweep: tuple[float, ...] = ()
+    default: float,
+    *,
+    low: float,
+    off: float | None = None,
+    high: float = math.inf,
+    integer: bool = False,
+    sweep: tuple[float, ...] = (),
+    static: bool = False,
 ) -> Any:
-    """Default value of a rule's argument that declares it.
+    """Default value of a rule's argument that declares it as a number.
 
     Args:
         default: the literature's value.
         low, high: the allowed closed interval.
-        off: the value at which the rule changes nothing; allowed even outside the interval.
+        off: the value at which the rule changes nothing; allowed even outside the interval. A rule is off where all of its
+            parameters that have such a value are at it.
         integer: whole numbers only.
         sweep: values worth comparing; the evaluator's default grid.
+        static: one value for all rows, which the body sees as a Python number instead of a tensor.
     """
-    return Parameter(float(default), low, high, off, integer, sweep)
+    return Parameter(float(default), low, high, off, integer, sweep, static)
+
+
+def Choice(default: str, *others: str) -> Any:
+    """Default value of a rule's argument that declares it as one of these words; the body sees the word."""
+    return ChoiceParameter(default, (default, *others))
+
+
+def Tokens() -> Any:
+    """Default value of a rule's argument that declares it as a set of token ids; the body sees a tuple of ints."""
+    return TokensParameter()
+
+
+class Feedback(NamedTuple):
+    """What a rule remembers of the tokens drawn so far: pure functions of its parameters and of what was drawn.
+
+    Attributes:
+        init: ``init(**values) -> {name: (B, 1)}``, before the first token; the body reads it as ``row.state``. update:
+        ``update(state, logp, **values)``, after a token of log-probability ``logp`` (B, 1), in nats, in the row that the
+            rule was given, before it changed anything.
+    """
+
+    init: Callable[..., State]
+    update: Callable[..., State]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +236,29 @@ class Rule:
         body: the formula.
         params: parameters by name, in order.
         paper: where it was published.
+        shift: whether adding a constant to the logits changes nothing.
+        scale: whether dividing the logits by a temperature changes no kept set.
+        side: where the rule is meant to stand: ``before`` or ``after`` temperature, or ``either``.
+        moved: ``moved(t, **values)`` are the values that keep before ``temperature(t)`` what ``values`` keep after it.
+        needs: what it reads besides the logits: ``history`` (tokens so far), ``state`` (see `Feedback`), ``chance`` (a coin a
+            step), ``model`` (its embeddings).
+        feedback: its memory, if it has one.
+        slow: why it is left out of default comparisons, if it is.
     """
 
     name: str
-    body: Callable[..., Answer]
-    params: Mapping[str, Parameter]
+    body: Callable[..., Any]
+    params: Mapping[str, AnyParameter]
     paper: str
+    shift: bool = True
+    scale: bool = False
+    side: str = "either"
+    moved: Callable[..., Mapping[str, float]] | None = None
+    feedback: Feedback | None = None
+    slow: str = ""
 
     def __post_init__(self) -> None:
-        allowed = "\n".join(f"    {name}: {p.allowed}; default {p.default:g}" for name, p in self.params.items())
+        allowed = "\n".join(f"    {name}: {p.allowed}; default {_short(p.default)}" for name, p in self.params.items())
         object.__setattr__(
             self, "__doc__", f"{inspect.getdoc(self.body)}\n\nParameters:\n{allowed or '    none'}\n\nPaper: {self.paper}"
         )
@@ -134,12 +278,17 @@ class Rule:
         return find, (self.name,)
 
     def __repr__(self) -> str:
-        return f"<rule {self.name}({', '.join(f'{k}={v.default:g}' for k, v in self.params.items())}), {self.paper}>"
+        return f"<rule {self.name}({', '.join(f'{k}={_short(v.default)}' for k, v in self.params.items())}), {self.paper}>"
 
     @property
     def summary(self) -> str:
         """First line of the docstring: the kept set in words."""
         return (inspect.getdoc(self.body) or "").split("\n")[0]
+
+    def section(self, name: str) -> str:
+        """The paragraph of the docstring that begins with ``name:``, without that; empty if there is none."""
+        found = re.search(rf"^{name}: (.+?)(?:\n\n|\Z)", inspect.getdoc(self.body) or "", re.S | re.M)
+        return " ".join(found[1].split()) if found else ""
 
     def step(self, /, *args: Any, **kwargs: Any) -> Step:
         """Bind and check parameter values. Raises DecalError."""
@@ -160,8 +309,12 @@ class Rule:
 
     @cached_property
     def _trace(self) -> tuple[Answer, frozenset[str]]:
-        row = DenseRow(torch.tensor([[0.0, -1.0]], dtype=torch.float64), reference)
-        values = {name: torch.tensor([[p.default]], dtype=torch.float64) for name, p in self.params.items()}
+        step = Step(self, {name: p.default for name, p in self.params.items()})
+        z = torch.tensor([[0.0, -1.0]], dtype=torch.float64)
+        context = Context.probe()
+        values = step.numbers(z)
+        state = self.feedback.init(**values) if self.feedback else None
+        row = DenseRow(z, reference, context, state)
         answer = self.body(row, **values)
         # Unlike what is computed from it, the k-th largest as the threshold itself survives earlier cuts.
         reads = row.reads - {"upper(count)"} | {"k-th largest"} if answer is row.kth else row.reads
@@ -173,15 +326,44 @@ class Rule:
         return self._trace[1]
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What it reads besides the logits: of ``history``, ``chance``, ``state`` and ``model``."""
+        return self.reads & {"history", "chance", "state", "model"}
+
+    @property
     def kind(self) -> str:
-        """``truncation``, ``band`` or ``reshaping``."""
+        """``truncation``, ``band``, ``selection``, ``reshaping`` or ``projection``."""
         answer = self._trace[0]
-        return "band" if isinstance(answer, Band) else "reshaping" if isinstance(answer, Affine) else "truncation"
+        if isinstance(answer, Map):
+            return "projection" if answer.drops else "reshaping"
+        kinds = {Band: "band", Affine: "reshaping", Keep: "selection"}
+        return next((kind for type_, kind in kinds.items() if isinstance(answer, type_)), "truncation")
+
+    @property
+    def tokenwise(self) -> bool:
+        """Whether it treats tokens one by one, instead of by a cutoff or an affine map."""
+        return isinstance(self._trace[0], (Map, Keep))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it treats tokens one by one, but only those above a logit that it tells; see `Map`."""
+        answer = self._trace[0]
+        return isinstance(answer, Map) and answer.low is not None
+
+    @property
+    def monotone(self) -> bool:
+        """Whether it leaves the order of the kept tokens as it was."""
+        answer = self._trace[0]
+        return not isinstance(answer, Map) or answer.monotone
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else repr(value)
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A rule with its parameter values: floats, or (B, 1) tensors with one value per row."""
+    """A rule with its parameter values: numbers, words, token ids, or (B, 1) tensors with one value per row."""
 
     rule: Rule
     values: Mapping[str, Value]
@@ -197,61 +379,101 @@ class Step:
     @property
     def is_off(self) -> bool:
         """Whether the values switch the rule off in every row."""
-        return bool(self.values) and all(
-            bool((v == p.off).all()) if isinstance(v, Tensor) else v == p.off
-            for v, p in zip(self.values.values(), self.rule.params.values(), strict=True)
-        )
+        switches = [(self.values[name], p.off) for name, p in self.rule.params.items() if p.off is not None]
+        return bool(switches) and all(bool((v == off).all()) if isinstance(v, Tensor) else v == off for v, off in switches)
 
-    def answer(self, row: BaseRow, like: Tensor) -> Band | Affine:
+    def numbers(self, like: Tensor) -> dict[str, Any]:
+        """The values as the body sees them; ``like`` gives device and dtype."""
+        seen: dict[str, Any] = {}
+        for name, v in self.values.items():
+            if isinstance(v, Tensor):
+                seen[name] = v.to(like)
+            elif self.rule.params[name].static:
+                seen[name] = v
+            else:
+                seen[name] = torch.full((1, 1), float(v), dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
+        return seen
+
+    def init(self, like: Tensor) -> State | None:
+        """The state before the first token, or None for a rule without memory."""
+        return self.rule.feedback.init(**self.numbers(like)) if self.rule.feedback else None
+
+    def answer(self, row: BaseRow, like: Tensor) -> Band | Affine | Map | Keep:
         """The body's answer for ``row``, never dropping what must stay: rows switched off are left alone, and a truncation
         keeps the most probable token. ``like`` gives device and dtype."""
-        values = {
-            name: v.to(like) if isinstance(v, Tensor) else torch.full((1, 1), float(v), dtype=like.dtype, device=like.device)
-            for name, v in self.values.items()
-        }
+        values = self.numbers(like)
         answer = self.rule.body(row, **values)
-        off = reduce(
-            torch.logical_and,
-            (values[name] == param.off for name, param in self.rule.params.items()),
-            torch.tensor(bool(values), device=like.device),
-        )
+        switches = [values[name] == p.off for name, p in self.rule.params.items() if p.off is not None]
+        off = reduce(torch.logical_and, map(torch.as_tensor, switches), torch.tensor(bool(switches), device=like.device))
         if isinstance(answer, Affine):
             return Affine(torch.where(off, 1.0, answer.scale), torch.where(off, 0.0, answer.shift))
-        low, high = answer if isinstance(answer, Band) else (answer.minimum(row.max), torch.full_like(answer, torch.inf))
-        return Band(torch.where(off, -torch.inf, low), torch.where(off, torch.inf, high))
+        if isinstance(answer, Map):
+            low = torch.full_like(row.max, -torch.inf) if answer.low is None else answer.low.minimum(row.max)
+            return answer._replace(fn=lambda z: torch.where(off, z, answer.fn(z)), low=torch.where(off, -torch.inf, low))
+        if isinstance(answer, Keep):
+            return Keep(lambda z: off | answer.fn(z))
+        band = answer if isinstance(answer, Band) else Band(answer.minimum(row.max), torch.full_like(answer, torch.inf))
+        return Band(torch.where(off, -torch.inf, band.low), torch.where(off, torch.inf, band.high), band.spared)
 
     def __str__(self) -> str:
-        return f"{self.rule.name}({', '.join(_text(v, self.rule.params[n].integer) for n, v in self.values.items())})"
-
-
-def _text(value: Value, integer: bool) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    return repr([int(v) if integer and math.isfinite(v) else float(v) for v in value[:, 0].tolist()])
+        shown = {name: self.rule.params[name].text(v) for name, v in self.values.items()}
+        # Words and token ids are seldom given, so they are written by name and only where they aren't the default.
+        texts = [
+            text if isinstance(self.rule.params[name], Parameter) else f"{name}={text}"
+            for name, text in shown.items()
+            if isinstance(self.rule.params[name], Parameter) or self.values[name] != self.rule.params[name].default
+        ]
+        return f"{self.rule.name}({', '.join(texts)})"
 
 
 RULES: dict[str, Rule] = {}
 """Every declared rule by name."""
 
+SIDES = ("before", "after", "either")
 
-def rule(*, paper: str) -> Callable[[Callable[..., Answer]], Rule]:
-    """Declare the decorated function as a rule named after it. Raises DecalError if the name is taken."""
 
-    def declare(body: Callable[..., Answer]) -> Rule:
+def rule(
+    *,
+    paper: str,
+    shift: bool = True,
+    scale: bool = False,
+    side: str = "either",
+    moved: Callable[..., Mapping[str, float]] | None = None,
+    feedback: Feedback | None = None,
+    slow: str = "",
+) -> Callable[[Callable[..., Any]], Rule]:
+    """Declare the decorated function as a rule named after it. Raises DecalError if the name is taken.
+
+    Args:
+        paper: where it was published, as ``arXiv:...``, ``doi:...`` or the place of its first code.
+        shift: whether adding a constant to the logits changes nothing.
+        scale: whether a temperature before the rule changes no kept set.
+        side: where it is meant to stand: ``before`` or ``after`` temperature, or ``either``. `Chain.explain` warns otherwise.
+        moved: ``moved(t, **values)`` gives the values that keep before ``temperature(t)`` what ``values`` keep after it.
+        feedback: what it remembers of the tokens drawn; see `Feedback`.
+        slow: why it is left out of default comparisons.
+    """
+
+    def declare(body: Callable[..., Any]) -> Rule:
         arguments = list(inspect.signature(body).parameters.values())[1:]
         for argument in arguments:
-            if not isinstance(argument.default, Parameter):
-                raise DecalError(f"rule {body.__name__}: argument {argument.name!r} needs a Param(...) as its default")
+            if not isinstance(argument.default, AnyParameter):
+                wanted = "a Param(...), Choice(...) or Tokens() as its default"
+                raise DecalError(f"rule {body.__name__}: argument {argument.name!r} needs {wanted}")
         if body.__name__ in RULES:
             raise DecalError(f"rule {body.__name__} is declared already, in {RULES[body.__name__].body.__module__}")
-        declared = Rule(body.__name__, body, {a.name: a.default for a in arguments}, paper)
+        if side not in SIDES:
+            raise DecalError(f"rule {body.__name__}: side must be one of {', '.join(SIDES)}, got {side!r}")
+        params = {a.name: a.default for a in arguments}
+        declared = Rule(body.__name__, body, params, paper, shift, scale, side, moved, feedback, slow)
         for name, param in declared.params.items():
             for value in (param.default, *param.sweep):
                 param.check(f"rule {declared.name}: default and sweep of {name}", value)
         # A body that fails does so here, not in the middle of generation.
         answer = declared._trace[0]
-        if not isinstance(answer, (Tensor, Band, Affine)):
-            raise DecalError(f"rule {declared.name} must return a tensor, a Band or an Affine, got {type(answer).__name__}")
+        if not isinstance(answer, (Tensor, Band, Affine, Map, Keep)):
+            kinds = "a tensor, a Band, an Affine, a Map or a Keep"
+            raise DecalError(f"rule {declared.name} must return {kinds}, got {type(answer).__name__}")
         RULES[declared.name] = declared
         return declared
 
@@ -265,3 +487,20 @@ def find(name: str) -> Rule:
     near = difflib.get_close_matches(str(name), RULES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise DecalError(f"unknown sampler {name!r}{hint} (known: {', '.join(sorted(RULES))})")
+
+
+GROUP = "decal.rules"
+"""Entry points of this group name modules that declare rules; they are imported with decal."""
+
+
+def load_plugins() -> None:
+    """Import the modules that installed packages register under `GROUP`. One that fails is warned of and left out."""
+    for point in entry_points(group=GROUP):
+        before = set(RULES)
+        try:
+            point.load()
+        except Exception as error:
+            for name in set(RULES) - before:
+                del RULES[name]
+            where = f"{point.name} = {point.value}"
+            warnings.warn(f"decal: the rules of {where} could not be loaded: {error}", RuntimeWarning, stacklevel=3)

@@ -1,0 +1,33 @@
+"""Random numbers that are functions of what they are for: the same (seed, request, position) gives the same number, on every
+device, whatever else is in the batch.
+
+A counter goes through the finaliser of SplitMix64 (Steele, Lea, Flood 2014), whose output passes the usual test batteries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64, which torch shifts arithmetically."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 64-bit integers that looks random."""
+    x = (x ^ _shift_right(x, 30)) * MULTIPLIERS[0]
+    x = (x ^ _shift_right(x, 27)) * MULTIPLIERS[1]
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(*keys: Tensor) -> Tensor:
+    """Numbers in [0, 1) with 53 random bits, float64: one for each combination of integer ``keys``, which broadcast."""
+    state = torch.zeros((), dtype=torch.int64, device=keys[0].device)
+    for key in keys:
+        state = mix(state + key.long() + GOLDEN)
+    return _shift_right(state, 11).double() * 2.0**-53
