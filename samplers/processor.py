@@ -1,66 +1,231 @@
-"""A chain inside ``model.generate`` of transformers."""
+"""A chain as a ``LogitsProcessor`` of transformers, and what it remembers between the steps of a generation."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from hashlib import blake2b
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import LogitsProcessor
 
-from decal.samplers.chain import Chain
+from decal.samplers.chain import Chain, Seen, State
+from decal.samplers.context import History
 from decal.samplers.errors import DecalError
 
-NEUTRAL: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "exponential_decay_length_penalty": None,
-    "sequence_bias": None,
-    "guidance_scale": None,
-}
-"""Settings of ``generate`` that reshape the distribution, at the values that don't. Hub models carry some in their generation
-configs, and ``generate`` would apply them beside the chain."""
+
+class Rows(NamedTuple):
+    """What a number of rows means to a processor.
+
+    Attributes:
+        chain: with parameters for so many rows.
+        request: (B, 1) request numbers, for random choices.
+        group: of each row, those that ``generate`` may swap with one another.
+        origin: of each row, what besides the tokens its text depends on: its parameters and request.
+    """
+
+    chain: Chain
+    request: Tensor
+    group: list[int]
+    origin: list[bytes]
 
 
 class ChainProcessor(LogitsProcessor):
     """Applies a chain to the scores of each step.
 
-    It has no state, so batches, left padding, beams and assisted decoding need nothing special. Rows without a finite score
-    come back as they are; see `Chain.mask`.
+    Chains of rules that read nothing but logits have no memory, hash nothing and wait for no device. Others need to know where
+    the prompt ended and what was drawn. For them the processor keeps, by the exact tokens of a row, the length of the prompt,
+    the chain's state and the logits that rules with feedback saw. A call looks up each row without its last token, advances the
+    state found by that token, one step late, and stores the result. So what is remembered is a function of the text: beams that
+    change places, drafts of an assistant that are rejected, and a text that the same processor takes up again are all right.
 
-    Per-row parameters are one per request: with beams or several sequences per request, where ``generate`` repeats each
-    request's rows next to each other, they are repeated alike.
+    A row whose tokens but the last aren't known begins afresh: all of it is prompt, and the state is the initial one. So does a
+    text that another processor began, and one forgotten: kept are the last 256 rows (4096 if no rule has feedback), and at
+    least the last 4 calls. Conversely a prompt that is one token longer than a text the processor knows counts as its
+    continuation; take a new processor for unrelated texts. Rows without a finite score come back as they are; see `Chain.mask`.
+
+    Per-row parameters are one per request: with beams or several sequences per request they are repeated, which assumes that
+    the rows of a request stand next to each other, as ``generate`` puts them.
+
+    Args:
+        chain: what to apply.
+        pad_token_id: a run of this token on the left is padding, which is no part of the text. Without it padding is.
+        requests: request numbers, one per request, which keep the random choices of texts apart and make them reproducible
+            whatever else is in the batch. Further sequences of a request get numbers of their own. By default the places in the
+            batch.
+        beams: how many beams a request has; they share its random choices.
     """
 
-    def __init__(self, chain: Chain):
-        self.chain = chain
-        self.supports_continuous_batching = chain.per_row is None
-        self._spread: dict[int, Chain] = {}
+    def __init__(
+        self, chain: Chain, pad_token_id: int | None = None, requests: Tensor | Sequence[int] | None = None, beams: int = 1
+    ):
+        if "model" in chain.needs and chain.weights is None:
+            raise DecalError(f"the chain {chain} reads the model's embeddings: use chain.for_model(model)")
+        if requests is not None:
+            requests = torch.as_tensor(requests).cpu()
+            if requests.dim() != 1 or not len(requests) or requests.is_floating_point() or requests.is_complex():
+                raise DecalError(f"requests must be a list of whole numbers, one per request, got {requests.tolist()}")
+        self.chain, self.pad_token_id, self.requests, self.beams = chain, pad_token_id, requests, beams
+        self.remembers = bool(chain.needs - {"model"})
+        # There a processor sees the current token alone, and rows come and go.
+        self.supports_continuous_batching = chain.per_row is None and not self.remembers
+        self.memory = Memory()
+        self._spread: dict[int, Rows] = {}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self._for_rows(len(scores))(scores, check=False)
+        rows = self.rows(len(scores))
+        if not self.remembers:
+            return rows.chain(scores, check=False)
+        length, before, after = _keys(input_ids, self.pad_token_id, rows.origin)
+        # Where no token is real there is no last one, so that generation can only be at its start.
+        found = [self.memory.find(g, key) if n else None for n, g, key in zip(length, rows.group, before, strict=True)]
+        prompt = [n if past is None else past[0].prompt[past[1]] for n, past in zip(length, found, strict=True)]
+        state = _advance(rows.chain, found, input_ids, scores.device)
+        scores, seen = self.apply(rows, input_ids, scores, _column(length, input_ids), _column(prompt, input_ids), state)
+        self.memory.keep(Taken(prompt, state, seen), rows.group, after)
+        return scores
 
-    def _for_rows(self, rows: int) -> Chain:
-        requests = self.chain.per_row
-        if requests in (None, rows) or rows % requests:
-            return self.chain
-        if rows not in self._spread:
-            self._spread[rows] = _repeat(self.chain, rows // requests)
-        return self._spread[rows]
+    def apply(
+        self, rows: Rows, input_ids: Tensor, scores: Tensor, length: Tensor, prompt: Tensor, state: State
+    ) -> tuple[Tensor, Seen]:
+        """The processed scores, and what `Chain.observe` wants to know of the step."""
+        history = History(input_ids, length, prompt, rows.request.to(input_ids.device))
+        scores, seen = rows.chain.apply(scores, state, history=history, check=False)
+        return scores, Seen({number: z_BV.detach() for number, z_BV in seen.rows.items()})
+
+    def rows(self, count: int) -> Rows:
+        """What ``count`` rows mean."""
+        if count not in self._spread:
+            self._spread[count] = self._rows(count)
+        return self._spread[count]
+
+    def _rows(self, count: int) -> Rows:
+        chain, place = self.chain, torch.arange(count)
+        if chain.per_row is not None:
+            if count % chain.per_row:
+                raise DecalError(f"the chain has parameters for {chain.per_row} rows, the logits have {count}")
+            chain = _repeat(chain, count // chain.per_row)
+        request = group = place // self.beams
+        apart = [v.double().cpu() for step in chain.steps for v in step.values.values() if isinstance(v, Tensor)]
+        if self.requests is not None:
+            if count % len(self.requests):
+                raise DecalError(f"the processor has numbers of {len(self.requests)} requests, the scores have {count} rows")
+            copies = count // len(self.requests)
+            number = self.requests.long().repeat_interleave(copies)
+            # No two texts share a number as long as the given ones are below 2**32.
+            request = number + (place % copies // self.beams << 32)
+            apart.append(number)
+        origin = [b"".join(values[row].numpy().tobytes() for values in apart) for row in range(count)]
+        return Rows(chain, request[:, None], group.tolist(), origin)
 
     def __repr__(self) -> str:
         return f"ChainProcessor({self.chain})"
+
+
+class Taken(NamedTuple):
+    """A step of generation: of each row the length of the prompt, the state before the step's token, and what rules saw."""
+
+    prompt: list[int]
+    state: State
+    seen: Seen
+
+
+Place = tuple[Taken, int]
+"""A row of a step."""
+
+
+class Memory:
+    """The last steps taken, by the tokens before them."""
+
+    CALLS, ROWS, ROWS_WITHOUT_LOGITS = 4, 256, 4096
+
+    def __init__(self) -> None:
+        self._places: dict[Hashable, Place] = {}
+        self._calls: deque[tuple[Taken, list[Hashable]]] = deque()
+        self._rows = 0
+
+    def __len__(self) -> int:
+        """How many rows are kept."""
+        return self._rows
+
+    def find(self, group: int, key: bytes) -> Place | None:
+        """The last step taken after those tokens, in that group if there was one.
+
+        The group matters where a text depends on more than its tokens, as on an encoder's input or an image.
+        """
+        return self._places.get((group, key)) or self._places.get(key)
+
+    def keep(self, taken: Taken, groups: list[int], keys: list[bytes]) -> None:
+        """Remember a step, and forget the oldest ones."""
+        names: list[Hashable] = [*keys, *zip(groups, keys, strict=True)]
+        for number, name in enumerate(names):
+            self._places[name] = (taken, number % len(keys))
+        self._calls.append((taken, names))
+        self._rows += len(keys)
+        limit = self.ROWS if taken.seen.rows else self.ROWS_WITHOUT_LOGITS
+        while self._rows > limit and len(self._calls) > self.CALLS:
+            old, names = self._calls.popleft()
+            self._rows -= len(old.prompt)
+            for name in names:
+                if name in self._places and self._places[name][0] is old:
+                    del self._places[name]
+
+
+def _keys(input_ids: Tensor, pad: int | None, origin: list[bytes]) -> tuple[list[int], list[bytes], list[bytes]]:
+    """Of each row the number of real tokens, and digests of all of them but the last and of all."""
+    ids = np.ascontiguousarray(input_ids.cpu().numpy())
+    length, before, after = [], [], []
+    for row, start in zip(ids, origin, strict=True):
+        real = row if pad is None else row[int(np.argmax(row != pad)) if (row != pad).any() else len(row) :]
+        digest = blake2b(start, digest_size=16)
+        digest.update(real[:-1].tobytes())
+        before.append(digest.digest())
+        digest.update(real[-1:].tobytes())
+        after.append(digest.digest())
+        length.append(len(real))
+    return length, before, after
+
+
+def _advance(chain: Chain, found: list[Place | None], input_ids: Tensor, device: torch.device) -> State:
+    """The state of each row: that of the step found, after the last token; the initial one where none was found."""
+    fresh = chain.init(len(found), device=device)
+    known = [place for place in found if place is not None]
+    if not known or "state" not in chain.needs:
+        return fresh
+    # Rows that begin borrow a place, so that all are advanced at once.
+    places = [place or known[0] for place in found]
+    begins = torch.tensor([[place is None] for place in found], device=device)
+    seen = {number: _gather(places, [t.seen.rows[number] for t, _ in places], device) for number in known[0][0].seen.rows}
+    state = tuple(
+        old
+        and {
+            name: _gather(places, [cast(Mapping[str, Tensor], t.state[number])[name] for t, _ in places], device)
+            for name in old
+        }
+        for number, old in enumerate(fresh)
+    )
+    tokens = input_ids[:, -1].to(device).masked_fill(begins[:, 0], 0)
+    advanced = chain.observe(state, Seen(seen), tokens)
+    return tuple(
+        new and old and {name: torch.where(begins, old[name], new[name]) for name in old}
+        for new, old in zip(advanced, fresh, strict=True)
+    )
+
+
+def _gather(places: list[Place], parts: list[Tensor], device: torch.device) -> Tensor:
+    """The row of each place out of its part, which is a tensor of the step taken there."""
+    rows = [row for _, row in places]
+    if any(part is not parts[0] for part in parts):
+        return torch.cat([part[row, None].to(device) for part, row in zip(parts, rows, strict=True)])
+    return (parts[0] if rows == list(range(len(parts[0]))) else parts[0][rows]).to(device)
+
+
+def _column(numbers: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, device=like.device)[:, None]
 
 
 def _repeat(chain: Chain, times: int) -> Chain:
@@ -73,19 +238,6 @@ def _repeat(chain: Chain, times: int) -> Chain:
                 },
             )
             for step in chain.steps
-        )
+        ),
+        chain.weights,
     )
-
-
-def generate_kwargs(chain: Chain, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """See `Chain.generate_kwargs`."""
-    beside = sorted((set(kwargs) & set(NEUTRAL)) | ({"generation_config"} & set(kwargs)))
-    if beside:
-        raise DecalError(f"generate_kwargs: {', '.join(beside)} would act beside the chain {chain}; put it into the chain")
-    processors = [*(kwargs.pop("logits_processor", None) or []), chain.processor()]
-    known = GenerationConfig()
-    neutral = {name: value for name, value in NEUTRAL.items() if hasattr(known, name)}
-    beams = kwargs["num_beams"] = kwargs.get("num_beams") or 1
-    # A beam's score adds up log-probabilities, which a chain's output is only up to a constant of its row.
-    normalised = {"renormalize_logits": True} if beams > 1 else {}
-    return {"do_sample": True, **neutral, **normalised, **kwargs, "logits_processor": processors}
