@@ -14,12 +14,26 @@ from decal import samplers as samplers
 from decal.samplers.chain import Chain as Chain
 from decal.samplers.chain import from_json as from_json
 from decal.samplers.chain import parse as parse
+from decal.samplers.context import History as History
 from decal.samplers.errors import DecalError as DecalError
+from decal.samplers.presets import from_llama_cpp as from_llama_cpp
+from decal.samplers.presets import from_mlx_lm as from_mlx_lm
+from decal.samplers.presets import from_text_generation_webui as from_text_generation_webui
+from decal.samplers.presets import from_transformers as from_transformers
+from decal.samplers.presets import from_vllm as from_vllm
+from decal.samplers.presets import preset as preset
+from decal.samplers.presets import tokens_with as tokens_with
 from decal.samplers.row import Affine as Affine
 from decal.samplers.row import Band as Band
+from decal.samplers.row import Keep as Keep
+from decal.samplers.row import Map as Map
 from decal.samplers.rule import RULES as RULES
+from decal.samplers.rule import Choice as Choice
+from decal.samplers.rule import Feedback as Feedback
 from decal.samplers.rule import Param as Param
 from decal.samplers.rule import Rule as Rule
+from decal.samplers.rule import Tokens as Tokens
+from decal.samplers.rule import load_plugins as _load_plugins
 from decal.samplers.rule import rule as rule
 
 __version__ = "0.1.0"
@@ -33,3 +47,6 @@ def __getattr__(name: str) -> Rule:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *RULES])
+
+
+_load_plugins()  # last, because they import this package
