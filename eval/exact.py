@@ -6,9 +6,10 @@ Legend: S settings, n nodes of the trie, A answers. Definition 3.1 of arXiv 2605
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from decal.eval.forward import needed
-from decal.eval.ranked import RankedBlock, RankedRow, moments_of, plain, scales_of
+from decal.eval.ranked import CompactRow, RankedBlock, RankedRow, moments_of, plain, table_scales
 from decal.eval.trie import TokenTrie
 from decal.samplers.chain import Chain
+from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.rule import Rule, Step
 
@@ -29,53 +31,67 @@ MEMORY = 600_000_000
 """Bytes of running sums held at a time."""
 
 
+CELLS = 4_000_000
+"""Logits written out at a time, for rules that need more than a range of the ranking."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Chains of the same rules in the same order, evaluated together.
 
     Attributes:
         rules: the rules, in order.
-        values: for each rule ``{parameter: (S, 1), or (S, n) where every node has its own}``.
+        values: for each rule ``{parameter: (S, 1), or (S, n) where every node has its own}``; what all settings share is not a
+            tensor.
         members: which settings of the whole grid these are.
-        scales: every factor by which a row's logits are multiplied on the way.
+        scales: factors of a row's logits for which running sums are worth while.
     """
 
     rules: tuple[Rule, ...]
-    values: tuple[Mapping[str, Tensor], ...]
+    values: tuple[Mapping[str, Any], ...]
     members: tuple[int, ...]
     scales: frozenset[float]
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the rules read besides the logits; see `Chain.needs`."""
+        return frozenset().union(*(rule.needs for rule in self.rules))
 
-def group(chains: Sequence[Chain]) -> tuple[list[Group], list[int]]:
-    """Arrange chains into groups, and list the ones that don't fit: those that scale each row by a factor of its own.
+    @property
+    def named(self) -> bool:
+        """Whether it matters which token is which."""
+        spared = any(isinstance(v, tuple) and v for values in self.values for v in values.values())
+        return spared or bool(self.needs & {"history", "model"} - ({"history"} if "chance" in self.needs else set()))
+
+
+def group(chains: Sequence[Chain]) -> list[Group]:
+    """Arrange chains into groups.
 
     Raises:
         DecalError: a chain has per-row parameters.
     """
-    by_rules: dict[tuple[Rule, ...], list[int]] = defaultdict(list)
-    scales: dict[int, list[float]] = {}
-    misfits: list[int] = []
+    by_rules: dict[Any, list[int]] = defaultdict(list)
     for number, chain in enumerate(chains):
         if chain.per_row is not None:
             raise DecalError(f"the evaluator needs one value per parameter, got per-row values in {chain}")
-        found = scales_of(chain.steps)
-        if found is None:
-            misfits.append(number)
-        else:
-            scales[number] = found
-            by_rules[tuple(step.rule for step in chain.steps)].append(number)
-    return [_stack(chains, rules, members, scales) for rules, members in by_rules.items()], misfits
+        shared = tuple((s.rule, *(v for name, v in s.values.items() if s.rule.params[name].static)) for s in chain.steps)
+        by_rules[shared].append(number)
+    return [_stack(chains, members) for members in by_rules.values()]
 
 
-def _stack(chains: Sequence[Chain], rules: tuple[Rule, ...], members: list[int], scales: Mapping[int, list[float]]) -> Group:
+def _stack(chains: Sequence[Chain], members: list[int]) -> Group:
+    steps = chains[members[0]].steps
     values = tuple(
         {
-            name: torch.tensor([[chains[m].steps[place].values[name]] for m in members], dtype=torch.float64)
-            for name in rule.params
+            name: step.values[name]
+            if p.static
+            else torch.tensor([[chains[m].steps[place].values[name]] for m in members], dtype=torch.float64)
+            for name, p in step.rule.params.items()
         }
-        for place, rule in enumerate(rules)
+        for place, step in enumerate(steps)
     )
-    return Group(rules, values, tuple(members), frozenset(s for m in members for s in scales[m]))
+    scales = frozenset(s for m in members for s in table_scales(chains[m].steps) or ())
+    return Group(tuple(step.rule for step in steps), values, tuple(members), scales)
 
 
 @dataclass
@@ -180,6 +196,24 @@ class Interest:
         return part, np.asarray([place[n] for n in part.node], dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Situation:
+    """What rules may want to know besides the logits.
+
+    Attributes:
+        prompt: token ids before the answers.
+        weights: the model's embeddings.
+    """
+
+    prompt: Sequence[int] = ()
+    weights: Weights | None = None
+
+    def context(self, trie: TokenTrie, nodes: Sequence[int], coin: bool | None) -> Context:
+        """Of a block of nodes."""
+        texts = [[*self.prompt, *trie.path(node)] for node in nodes]
+        return Context(History.of(texts, prompt=len(self.prompt)), self.weights, coin)
+
+
 def flows(
     trie: TokenTrie,
     rows: Rows,
@@ -187,29 +221,62 @@ def flows(
     settings: int,
     observe: Callable[[RankedBlock, Interest, Tensor, Tensor], None] | None = None,
     tick: Callable[[int], None] | None = None,
+    situation: Situation | None = None,
+    scales: Iterable[float] = (),
 ) -> Flow:
     """Send every setting of ``groups`` through every node.
 
     Args:
-        rows: logits of the nodes something depends on, in any order.
+        rows: logits of the nodes something depends on, in any order; parents first, if a rule remembers what was drawn.
         settings: how many settings there are in all.
         observe: called on each block with its interesting tokens, the row of each and its position in the ranking.
         tick: called with the number of nodes just done.
+        situation: the prompt, and what else rules may read.
+        scales: further scales that ``observe`` wants.
     """
-    scales = sorted({1.0}.union(*(g.scales for g in groups)))
+    tables = sorted({1.0, *scales}.union(*(g.scales for g in groups)))
     moments = moments_of(rule for g in groups for rule in g.rules)
-    interest = Interest.of(trie)
-    flow = Flow.empty(settings, trie)
+    named = any(g.named for g in groups)
+    work = _Work(trie, Interest.of(trie), Flow.empty(settings, trie), situation or Situation())
     for nodes, logits in _every_needed_once(trie, rows):
-        tables = len(moments) * len(scales) + 3
-        size = max(1, MEMORY // (8 * logits.shape[1] * tables))
-        for start in range(0, len(nodes), size):
-            part = list(nodes[start : start + size])
-            block = RankedBlock(logits[start : start + size], scales, moments)
-            _flow_block(block, part, logits[start : start + size], interest, groups, flow, observe)
+        size = max(1, MEMORY // (8 * logits.shape[1] * (len(moments) * len(tables) + 3)))
+        for part in _families_apart(trie, nodes, size) if any("state" in g.needs for g in groups) else _pieces(nodes, size):
+            chosen = [nodes[i] for i in part]
+            block = RankedBlock(logits[part], tables, moments, named)
+            _flow_block(block, chosen, logits[part], work, groups, observe)
             if tick:
                 tick(len(part))
-    return flow
+    return work.flow
+
+
+def _pieces(nodes: Sequence[int], size: int) -> Iterable[list[int]]:
+    return (list(range(start, min(start + size, len(nodes)))) for start in range(0, len(nodes), size))
+
+
+def _families_apart(trie: TokenTrie, nodes: Sequence[int], size: int) -> Iterable[list[int]]:
+    """Pieces of at most ``size`` places in ``nodes`` such that no node comes in the piece of its parent."""
+    piece: list[int] = []
+    for place, node in enumerate(nodes):
+        if len(piece) == size or trie.parent[node] in {nodes[i] for i in piece}:
+            yield piece
+            piece = []
+        piece.append(place)
+    yield piece
+
+
+@dataclass
+class _Work:
+    """What is known and filled in while rows pass by.
+
+    Attributes:
+        memory: by group and step, what the step remembers at each node, ``{name: (S, n)}``, and whether it is known there.
+    """
+
+    trie: TokenTrie
+    interest: Interest
+    flow: Flow
+    situation: Situation
+    memory: dict[tuple[int, int], tuple[dict[str, Tensor], np.ndarray]] = field(default_factory=dict)
 
 
 def _every_needed_once(trie: TokenTrie, rows: Rows) -> Rows:
@@ -230,38 +297,186 @@ def _flow_block(
     block: RankedBlock,
     nodes: list[int],
     logits: Tensor,
-    interest: Interest,
+    work: _Work,
     groups: Sequence[Group],
-    flow: Flow,
     observe: Callable[[RankedBlock, Interest, Tensor, Tensor], None] | None,
 ) -> None:
-    here, place = interest.within(nodes)
+    here, place = work.interest.within(nodes)
     row = torch.from_numpy(place)
     values = plain(logits)
-    level = values[row, torch.from_numpy(here.token)].double() - values.amax(-1).double()[row]
+    token = torch.from_numpy(here.token)
+    level = values[row, token].double() - values.amax(-1).double()[row]
     position = torch.where(level.isfinite(), block.position(row, level), block.width)
     if observe:
         observe(block, here, row, position)
-    for g in groups:
-        final = _run(block, nodes, g)
-        total = final.mass(final.lo, final.hi)
+    if block.order is not None:
+        # Tokens of equal logit are not alike for every rule, so each has a place of its own.
+        places = torch.empty_like(block.order).scatter_(1, block.order, torch.arange(block.width).expand_as(block.order))
+        position = torch.where(level.isfinite(), places[row, token], block.width)
+    for number, g in enumerate(groups):
+        for start in range(0, len(g.members), _settings_at_once(block, g)):
+            part = slice(start, start + _settings_at_once(block, g))
+            share = _Run(block, nodes, here, row, position, work, number, g, part).share()
+            _deposit(work.flow, torch.tensor(g.members[part]), here, share)
+
+
+def _settings_at_once(block: RankedBlock, g: Group) -> int:
+    """Few, if rules look at every token of a row."""
+    wide = any(rule.tokenwise for rule in g.rules)
+    return max(1, CELLS * 8 // (block.rows * block.width)) if wide else len(g.members)
+
+
+class _Run:
+    """Some settings of a group on a block: the probability that each setting gives each interesting token."""
+
+    def __init__(
+        self,
+        block: RankedBlock,
+        nodes: list[int],
+        here: Interest,
+        row: Tensor,
+        position: Tensor,
+        work: _Work,
+        number: int,
+        g: Group,
+        part: slice,
+    ):
+        self.block, self.nodes, self.here, self.row, self.position = block, nodes, here, row, position
+        self.work, self.number, self.g, self.part = work, number, g, part
+        self.settings = len(g.members[part])
         # (S, tokens of interest): each setting's row that the token follows.
-        which = torch.arange(len(g.members))[:, None] * block.rows + row
-        kept = (position >= final.lo[which]) & (position < final.hi[which])
-        logit = block.scales[final.scale[which]] * torch.where(kept, level, 0.0) - final.reference[which]
-        share = torch.where(kept, logit.exp() / total[which], 0.0)
-        _deposit(flow, torch.tensor(g.members), here, share)
+        self.which = torch.arange(self.settings)[:, None] * block.rows + row
+        self.column = position.expand_as(self.which)
+
+    def share(self) -> Tensor:
+        """(S, J), the average over every way the coins of its rules can fall."""
+        coins = sum("chance" in rule.needs for rule in self.g.rules)
+        total = torch.zeros(self.which.shape, dtype=torch.float64)
+        for falls in itertools.product((True, False), repeat=coins):
+            total += self._share(list(falls))
+        return total
+
+    def _share(self, falls: list[bool]) -> Tensor:
+        rows: RankedRow | None = self._start(falls[0] if falls else None)
+        odds = torch.ones(self.settings * self.block.rows, dtype=torch.float64)
+        for step in range(len(self.g.rules)):
+            assert rows is not None
+            one = self._step(step)
+            if one.is_off:
+                continue
+            state = self._state(step)
+            given = rows if state is None else rows.remembering(state)
+            if "chance" in one.rule.needs:
+                given = given.tossing(falls.pop(0))
+            after = given.after(one)
+            if after is None:
+                return self._compact(given, step, falls, odds)
+            odds = odds * _odds(given.chances, given.coin)
+            self._remember(step, given)
+            rows = after
+        assert rows is not None
+        return rows.log_probability(self.which, self.column).exp() * odds[self.which]
+
+    def _compact(self, rows: RankedRow, start: int, falls: list[bool], odds: Tensor) -> Tensor:
+        """The rest of the chain, from step ``start``, on rows written out, some settings at a time."""
+        share = torch.zeros(self.which.shape, dtype=torch.float64)
+        width = int((rows.hi - rows.lo).max())
+        size = max(1, CELLS // (self.block.rows * width))
+        every = torch.arange(self.settings * self.block.rows).reshape(self.settings, -1)
+        for first_ in range(0, self.settings, size):
+            chosen = every[first_ : first_ + size]
+            some = chosen.flatten()
+            prunes = self.g.rules[start].prunes
+            compact = CompactRow.pruned(rows.some(some), self._step(start, some)) if prunes else CompactRow.of(rows.some(some))
+            which = self.which[first_ : first_ + size] - first_ * self.block.rows
+            column = self.column[first_ : first_ + size]
+            chance = odds[some]
+            left = list(falls)
+            for step in range(start + prunes, len(self.g.rules)):
+                one = self._step(step, some)
+                if one.is_off:
+                    continue
+                state = self._state(step)
+                if "chance" in one.rule.needs and step > start:
+                    compact = compact.tossing(left.pop(0))
+                self._remember(step, compact, which, column, slice(first_, first_ + size))
+                compact = compact.after(one, state and {name: v[some] for name, v in state.items()})
+                chance = chance * _odds(compact.chances, compact.coin)
+            share[first_ : first_ + size] = compact.log_probability(which, column).exp() * chance[which]
+        return share
+
+    def _start(self, coin: bool | None) -> RankedRow:
+        row = torch.arange(self.block.rows).repeat(self.settings)
+        unit = int(torch.searchsorted(self.block.scales, torch.tensor(1.0, dtype=torch.float64)))
+        context = self.work.situation.context(self.work.trie, self.nodes, coin) if self.g.needs else None
+        zero = torch.zeros_like(row)
+        return RankedRow(self.block, row, zero + unit, zero, self.block.alive[row], context)
+
+    def _step(self, step: int, some: Tensor | None = None) -> Step:
+        spread: dict[str, Any] = {}
+        for name, v in self.g.values[step].items():
+            if isinstance(v, Tensor):
+                own = v[self.part]
+                v = (own[:, self.nodes] if own.shape[1] > 1 else own.expand(-1, self.block.rows)).reshape(-1, 1)
+                v = v if some is None else v[some]
+            spread[name] = v
+        return Step(self.g.rules[step], spread)
+
+    # ---- memory
+
+    def _table(self, step: int) -> tuple[dict[str, Tensor], np.ndarray]:
+        key = self.number, step
+        if key not in self.work.memory:
+            feedback = self.g.rules[step].feedback
+            assert feedback is not None
+            settings, n = len(self.g.members), len(self.work.trie)
+            initial = feedback.init(**self.g.values[step])
+            table = {name: v.expand(settings, 1).repeat(1, n) for name, v in initial.items()}
+            self.work.memory[key] = table, np.arange(n) == 0
+        return self.work.memory[key]
+
+    def _state(self, step: int) -> dict[str, Tensor] | None:
+        if not self.g.rules[step].feedback:
+            return None
+        table, known = self._table(step)
+        if not known[self.nodes].all():
+            unknown = next(node for node in self.nodes if not known[node])
+            raise DecalError(f"rows: node {unknown} came before its parent, which {self.g.rules[step].name} has to see first")
+        return {name: v[self.part][:, self.nodes].reshape(-1, 1) for name, v in table.items()}
+
+    def _remember(
+        self,
+        step: int,
+        rows: RankedRow | CompactRow,
+        which: Tensor | None = None,
+        column: Tensor | None = None,
+        settings: slice | None = None,
+    ) -> None:
+        """Tell the children of these nodes what the step will know there."""
+        feedback = self.g.rules[step].feedback
+        if feedback is None:
+            return
+        table, known = self._table(step)
+        which, column = (self.which, self.column) if which is None or column is None else (which, column)
+        inner = torch.arange(len(self.g.members))[self.part][settings or slice(None)]
+        onward = np.flatnonzero(self.here.kind == 0)
+        child, parent = self.here.to[onward], self.here.node[onward]
+        logp = rows.log_probability(which, column)[:, onward]
+        values = {name: v[inner] if isinstance(v, Tensor) else v for name, v in self.g.values[step].items()}
+        values = {n: v[:, parent] if isinstance(v, Tensor) and v.shape[1] > 1 else v for n, v in values.items()}
+        old = {name: v[inner][:, parent] for name, v in table.items()}
+        new = feedback.update(old, logp, **values)
+        for name in table:
+            table[name][inner[:, None], torch.from_numpy(child)] = torch.where(logp.isfinite(), new[name], old[name])
+        known[child] = True
 
 
-def _run(block: RankedBlock, nodes: list[int], g: Group) -> RankedRow:
-    settings, rows = len(g.members), block.rows
-    row = torch.arange(rows).repeat(settings)
-    unit = int(torch.searchsorted(block.scales, torch.tensor(1.0, dtype=torch.float64)))
-    state = RankedRow(block, row, torch.full_like(row, unit), torch.zeros_like(row), block.alive[row])
-    for rule, values in zip(g.rules, g.values, strict=True):
-        spread = {name: (v[:, nodes] if v.shape[1] > 1 else v.expand(-1, rows)).reshape(-1, 1) for name, v in values.items()}
-        state = state.after(Step(rule, spread))
-    return state
+def _odds(chances: Sequence[Tensor], coin: bool | None) -> Tensor:
+    """(B,) probability that the coins that were asked for fall as they did."""
+    odds = torch.ones((), dtype=torch.float64)
+    for probability in chances:
+        odds = odds * (probability if coin else 1 - probability)[:, 0]
+    return odds
 
 
 def _deposit(flow: Flow, members: Tensor, here: Interest, share: Tensor) -> None:
@@ -291,23 +506,11 @@ def dense_flow(trie: TokenTrie, rows: Rows, processors: Sequence[Callable[[Tenso
     return flow
 
 
-def evaluate(trie: TokenTrie, rows: Rows, chains: Sequence[Chain]) -> Outcome:
+def evaluate(trie: TokenTrie, rows: Rows, chains: Sequence[Chain], situation: Situation | None = None) -> Outcome:
     """Validity, diversity and answer probabilities of each chain, exactly.
 
     Args:
-        rows: logits of the nodes of ``trie``; read more than once.
+        rows: logits of the nodes of ``trie``; parents first, if a chain remembers what was drawn.
+        situation: the prompt and the embeddings, for chains that read them.
     """
-    return outcome(trie, chain_flow(trie, rows, chains, *group(chains)))
-
-
-def chain_flow(
-    trie: TokenTrie, rows: Rows, chains: Sequence[Chain], groups: Sequence[Group], misfits: Sequence[int], **kwargs: Any
-) -> Flow:
-    """`flows` of the chains in ``groups`` (and further groups, numbered from ``len(chains)``), `dense_flow` of ``misfits``."""
-    settings = max([len(chains) - 1, *(m for g in groups for m in g.members)]) + 1
-    flow = flows(trie, rows, groups, settings, **kwargs)
-    if misfits:
-        dense = dense_flow(trie, rows, [chains[m] for m in misfits])
-        for part in ("arrive", "end", "stray"):
-            getattr(flow, part)[list(misfits)] = getattr(dense, part)
-    return flow
+    return outcome(trie, flows(trie, rows, group(chains), len(chains), situation=situation))

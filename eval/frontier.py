@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from decal.eval import oracle, rows
-from decal.eval.exact import Interest, Outcome, Rows, chain_flow, group, join, outcome
+from decal.eval.exact import Interest, Outcome, Rows, Situation, flows, group, join, outcome
 from decal.eval.grid import Setting
 from decal.eval.models import LoadedModel
-from decal.eval.ranked import scales_of
+from decal.eval.ranked import scale_after
 from decal.eval.task import Question
 from decal.eval.trie import TokenTrie, TrieBuilder
 from decal.eval.vocabulary import Vocabulary
+from decal.samplers.chain import Chain
+from decal.samplers.context import Weights
 
 FLOORS = (0.5, 0.8, 0.9)
 ORACLES = ("oracle: size", "oracle: best cutoff", "oracle: validity mask", "oracle: completion counts")
@@ -63,12 +66,12 @@ class TaskResult:
         NaN if unknown, or if none reaches the floor."""
         return float("nan") if self.bounds is None else oracle.mean_bound(self.bounds, floor)
 
-    @property
+    @cached_property
     def mean_validity(self) -> np.ndarray:
         """(S,) averaged over prompts."""
         return self.validity.mean(-1)
 
-    @property
+    @cached_property
     def mean_diversity(self) -> np.ndarray:
         """(S,) averaged over prompts; NaN unless it is defined on all, lest failing on one be an advantage."""
         return self.diversity.mean(-1)
@@ -79,7 +82,12 @@ class TaskResult:
 
     def members(self, family: str) -> np.ndarray:
         """Numbers of the settings of a family."""
-        return np.flatnonzero(np.asarray(self.family) == family)
+        return self._members.get(family, np.zeros(0, dtype=np.int64))
+
+    @cached_property
+    def _members(self) -> dict[str, np.ndarray]:
+        names = np.asarray(self.family, dtype=object)
+        return {family: np.flatnonzero(names == family) for family in self.families()}
 
     def best(self, family: str, floor: float) -> Best | None:
         """The most diverse setting of ``family`` with mean validity at least ``floor``, or None."""
@@ -138,10 +146,9 @@ class Evaluation:
     ):
         self.model, self.settings, self.seed, self.cache, self.report = model, list(settings), seed, cache, report
         self.chains = [s.chain for s in settings]
-        self.groups, self.misfits = group(self.chains)
-        ends = [scales_of(c.steps) for c in self.chains]
-        # Oracles need a scale even if every chain scales each row differently.
-        self.scales = sorted({found[-1] for found in ends if found} or {1.0}, reverse=True)
+        self.groups = group(self.chains)
+        self.scales = _oracle_scales(self.chains)
+        self.weights = Weights.of(model.model) if any("model" in c.needs for c in self.chains) else None
         self.builder = TrieBuilder(self._encode, Vocabulary.of(model.tokenizer), end_tokens(model))
 
     def _encode(self, text: str) -> list[int]:
@@ -170,7 +177,7 @@ class Evaluation:
                 cache=self.cache,
                 tick=self._ticker(f"{what}: reading prefixes", len(trie)),
             )
-            outcome_, bound = self._outcome(question, trie, stored, self._ticker(f"{what}: settings", len(trie)))
+            outcome_, bound = self._outcome(question, prompt, trie, stored, self._ticker(f"{what}: settings", len(trie)))
             outcomes.append(outcome_)
             bounds.append(bound)
         labels = self._labels(question)
@@ -198,12 +205,14 @@ class Evaluation:
         return tick
 
     def _outcome(
-        self, question: Question, trie: TokenTrie, stored: Rows, tick: Callable[[int], None]
+        self, question: Question, prompt: Sequence[int], trie: TokenTrie, stored: Rows, tick: Callable[[int], None]
     ) -> tuple[Outcome, np.ndarray]:
         """All settings, then the oracles, in the order of `_labels`; and the bound on rank cutoffs."""
         ranking = oracle.Ranking(Interest.of(trie), self.scales)
         groups = [*self.groups, oracle.size_group(trie, self.scales, len(self.chains))]
-        flow = chain_flow(trie, stored, self.chains, groups, self.misfits, observe=ranking, tick=tick)
+        settings = len(self.chains) + len(self.scales)
+        situation = Situation(prompt, self.weights)
+        flow = flows(trie, stored, groups, settings, ranking, tick, situation, self.scales)
         one_path = question.policy.one_path_each
         cutoffs = [oracle.BestCutoffs(trie, ranking, i) for i in range(len(self.scales))] if one_path else []
         every = [flow, *(c.flow() for c in cutoffs), ranking.mask_flow(trie), oracle.count_flow(trie)]
@@ -220,6 +229,15 @@ class Evaluation:
             labels += [(best, f"best cutoffs, {shape}, price {p:g}") for shape in shapes for p in oracle.PRICES]
         labels += [(mask, f"the valid tokens, {shape}") for shape in shapes]
         return [*labels, (count, "in proportion to completions")]
+
+
+def _oracle_scales(chains: Sequence[Chain]) -> list[float]:
+    """Scales at which oracles are tried: those that chains of several steps end at, descending.
+
+    Of plain temperatures, which may be many, only if there is nothing else; and one scale in any case.
+    """
+    several = {scale_after(c.steps) for c in chains if len(c.steps) > 1} - {None}
+    return sorted(several or {scale_after(c.steps) for c in chains} - {None} or {1.0}, reverse=True)  # type: ignore[arg-type]
 
 
 def end_tokens(model: LoadedModel) -> list[int]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from decal.samplers.chain import Chain, parse
 from decal.samplers.errors import DecalError
@@ -22,10 +23,25 @@ PAPER = {
 }
 """Filter settings of arXiv 2605.11128; with no filter they make 16."""
 
-PARTNER = "min_p"
-"""The cut that a reshaping rule is tried after: without one it would be a temperature."""
+FEW = (0.6, 0.8, 1.0, 1.4, 2.0, 3.0)
+"""Half of them, for grids in which there are many rules."""
 
-NAMES = ("quick", "paper")
+PARTNER = "min_p"
+"""The cut that a rule which is none is tried after: reshaping alone would be a temperature or worse."""
+
+ORDERS = 2 * len(FEW) - 1
+"""Ways to put one of a few temperatures before or after a cut; at temperature 1 they are the same."""
+
+CUTS = tuple(float(f"{0.7 * (0.005 / 0.7) ** (i / (ORDERS - 1)):.3g}") for i in range(ORDERS))
+"""As many values of the partner as that, from 0.7 to 0.005, evenly in logarithm."""
+
+BUDGET = ORDERS * 6
+"""Settings of every sampler, at the six settings each rule declares."""
+
+FINE = tuple(float(f"{0.3 * 10 ** (i / (BUDGET - 1)):.4g}") for i in range(BUDGET))
+"""As many temperatures as that, from 0.3 to 3, evenly in logarithm."""
+
+NAMES = ("quick", "all", "paper")
 
 
 @dataclass(frozen=True)
@@ -37,16 +53,19 @@ class Setting:
 
 
 def load(name: str) -> list[Setting]:
-    """The grid ``quick``, ``paper``, or that of a file; greedy and plain temperature are part of every grid.
+    """The grid ``quick``, ``all``, ``paper``, or that of a file; greedy and plain temperature are part of every grid.
 
-    ``quick`` tries every declared rule at the values it declares worth comparing, ``paper`` is the grid of arXiv 2605.11128;
-    both at every temperature, placed before and after. A file has one chain a line, where ``{a, b}`` stands for either value.
+    ``quick`` tries every declared rule but the slow ones at the six settings it declares worth comparing: a cut with a few
+    temperatures before and after it, another rule behind as many cuts of `PARTNER`; so all have the same number of settings,
+    and plain temperature too. ``all`` has the slow ones as well. ``paper`` is the grid of arXiv 2605.11128. A file has one
+    chain a line, where ``{a, b}`` stands for either value.
 
     Raises:
         DecalError: no such grid or file, or a line that isn't a chain.
     """
-    if name == "quick":
-        return _unique(_plain() + _quick())
+    if name in ("quick", "all"):
+        fine = [Setting("temperature", find("temperature")(t)) for t in FINE]
+        return _unique([_plain()[0], *fine, *_every_rule(slow=name == "all")])
     if name == "paper":
         return _unique(
             _plain() + [s for rule, values in PAPER.items() for s in _both_orders(find(rule), [(v,) for v in values])]
@@ -59,28 +78,27 @@ def _plain() -> list[Setting]:
     return [Setting("greedy", find("temperature")(0.0)), *(Setting("temperature", chain) for chain in chains)]
 
 
-def _both_orders(rule: Rule, values: Sequence[tuple[float, ...]]) -> list[Setting]:
+def _both_orders(rule: Rule, values: Sequence[tuple[Any, ...]], temperatures: Sequence[float] = TEMPERATURES) -> list[Setting]:
     return [
         Setting(rule.name, chain)
-        for t, value in itertools.product(TEMPERATURES, values)
+        for t, value in itertools.product(temperatures, values)
         for chain in (find("temperature")(t) | rule(*value), rule(*value) | find("temperature")(t))
     ]
 
 
-def _quick() -> list[Setting]:
+def _every_rule(slow: bool) -> list[Setting]:
     settings: list[Setting] = []
     partner = find(PARTNER)
     for rule in RULES.values():
+        if rule.name == "temperature" or (rule.slow and not slow):
+            continue
         # A parameter without values worth comparing stays at its default.
         values = list(itertools.product(*(p.sweep or (p.default,) for p in rule.params.values())))
-        if rule.name == "temperature":
-            continue
-        if rule.kind != "reshaping":
-            settings += _both_orders(rule, values)
+        if rule.kind in ("truncation", "band", "projection"):
+            settings += _both_orders(rule, values, FEW)
         else:
             family = f"{PARTNER} | {rule.name}"
-            cuts = partner.params["p"].sweep
-            settings += [Setting(family, partner(cut) | rule(*value)) for cut in cuts for value in values]
+            settings += [Setting(family, partner(cut) | rule(*value)) for cut in CUTS for value in values]
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -36,23 +37,40 @@ def test_the_papers_grid() -> None:
     }  # fmt: skip
 
 
-def test_quick_gives_every_truncation_rule_the_same_number_of_settings() -> None:
-    counts = Counter(s.family for s in grid.load("quick"))
-    cuts = {name for name, rule in decal.RULES.items() if rule.kind != "reshaping"}
-    assert len(cuts) >= 8
-    assert {counts[name] for name in cuts} == {6 * 23}
-    assert counts["greedy"] == 1
-    assert counts["temperature"] == 12
-    assert counts["min_p | flatten"] == 36
-    assert set(counts) == cuts | {"greedy", "temperature", "min_p | flatten"}
+def families(slow: bool) -> set[str]:
+    """One for each rule: cuts by themselves, others behind min_p."""
+    return {
+        name if rule.kind in ("truncation", "band", "projection") else f"min_p | {name}"
+        for name, rule in decal.RULES.items()
+        if name != "temperature" and (slow or not rule.slow)
+    }
+
+
+@pytest.mark.parametrize("name", ["quick", "all"])
+def test_every_sampler_has_the_same_number_of_settings(name: str) -> None:
+    counts = Counter(s.family for s in grid.load(name))
+    assert counts.pop("greedy") == 1
+    assert set(counts) == families(slow=name == "all") | {"temperature"}
+    assert len(counts) >= 35
+    assert set(counts.values()) == {grid.BUDGET} == {66}
+
+
+def test_temperatures_and_partners_are_spread_evenly() -> None:
+    for values, ends in ((grid.FINE, (0.3, 3.0)), (grid.CUTS, (0.7, 0.005))):
+        assert (values[0], values[-1]) == ends
+        steps = [b / a for a, b in itertools.pairwise(values)]
+        assert max(steps) / min(steps) < 1.02
+    assert len(grid.FINE) == grid.BUDGET
+    assert set(grid.FEW) < set(grid.TEMPERATURES)
 
 
 def test_quick_tries_temperature_before_and_after() -> None:
     chains = {str(s.chain) for s in grid.load("quick")}
     for name, rule in decal.RULES.items():
-        if rule.kind != "reshaping":
-            value = next(iter(rule.params.values())).sweep[0]
-            assert {str(rule(value) | decal.temperature(1.4)), str(decal.temperature(1.4) | rule(value))} <= chains, name
+        if name in families(slow=False):
+            values = {p: param.sweep[0] for p, param in rule.params.items() if param.sweep}
+            own = rule(**values)
+            assert {str(own | decal.temperature(1.4)), str(decal.temperature(1.4) | own)} <= chains, name
 
 
 @pytest.mark.parametrize("name", grid.NAMES)
@@ -129,7 +147,7 @@ def test_an_empty_file(text: str, file: Path) -> None:
 
 def test_no_such_grid(tmp_path: Path) -> None:
     for name in ("quik", str(tmp_path), str(tmp_path / "missing.txt")):
-        with pytest.raises(DecalError, match="neither quick nor paper, and not a readable file") as caught:
+        with pytest.raises(DecalError, match="neither quick nor all nor paper, and not a readable file") as caught:
             grid.load(name)
         assert repr(name) in str(caught.value)
     binary = tmp_path / "binary"
