@@ -118,6 +118,7 @@ def test_frontier_from_end_to_end(run: Run, model: Path, grid: Path, parts: Path
     names = {
         "results.json",
         "settings.parquet",
+        "ranking.png",
         "frontiers.png",
         "frontier-weekdays.png",
         "frontier-parts.png",
@@ -175,12 +176,20 @@ def test_frontier_from_end_to_end(run: Run, model: Path, grid: Path, parts: Path
     page = (out / "report.html").read_text()
     links = Links()
     links.feed(page)
-    assert links.found == ["#weekdays", "#parts"]
+    assert [link.split(",")[0] for link in links.found] == ["#ranking", "#weekdays", "#parts", "data:image/png;base64"]
     assert not re.search(r"@import|url\(\s*['\"]?(https?:)?//", page)
-    assert not re.search(r"<(link|iframe|img|object|embed)\b", re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))
+    assert not re.search(r"<(link|iframe|object|embed)\b", re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))
     for told in summary["tasks"]:
         for line in told["headlines"]:
             assert line in "".join(links.text)
+    ranked = summary["rankings"][0]
+    assert ranked["floor"] == 0.05
+    assert {p["family"] for p in ranked["places"]} == {"greedy", "temperature", "min_p", "top_p", "typical"}
+    for place in ranked["places"]:
+        best = [told["best"][place["family"]][0] for told in summary["tasks"]]
+        assert place["score"]["value"] == pytest.approx(np.mean([b["diversity"] if b else 0 for b in best]))
+    assert ranked["headline"] in "".join(links.text)
+    assert ranked["headline"] in " ".join(result.out.split())
     for told, heading in zip(summary["tasks"], ("weekdays: 7 answers", "parts: 3 answers"), strict=True):
         assert heading in result.out
         assert told["headlines"][0] in " ".join(result.out.split())
@@ -426,6 +435,6 @@ def test_a_run_that_fails_half_way_writes_nothing(
 
 
 def test_the_installed_command() -> None:
-    command = [sys.executable, "-c", "from decal.eval.cli import main; main()", "explain", "top_q(0.9)"]
+    command = [sys.executable, "-c", "from decal.eval.cli import main; main()", "explain", "epsilom(0.9)"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert_refused(Result(done.returncode, done.stdout, done.stderr), "unknown sampler 'top_q'; did you mean top_p?")
+    assert_refused(Result(done.returncode, done.stdout, done.stderr), "unknown sampler 'epsilom'; did you mean epsilon?")
