@@ -186,3 +186,65 @@ def tasks_() -> None:
     console = _console()
     console.print(table)
     console.print("\n--task also takes a YAML file of the same form; see the README.")
+
+
+@cli.command(name="rules")
+@click.option("--page", type=click.Path(path_type=Path), help="Write the page of all rules and its pictures to this folder.")
+@click.option("--check", type=click.Path(path_type=Path), help="Say whether the page in this folder is what would be written.")
+def rules_(page: Path | None, check: Path | None) -> None:
+    """List the rules, those of installed plugins too, or write their page."""
+    if page and check:
+        raise DecalError("--page writes and --check only looks; give one of them")
+    if not page and not check:
+        _list_rules()
+        return
+    from decal.eval import catalogue
+
+    console = _console()
+    if check:
+        if outdated := catalogue.stale(check):
+            raise DecalError(f"stale in {check}: {', '.join(outdated)}; run decal rules --page {check}")
+        console.print(f"{check / catalogue.PAGE} and its pictures are fresh", highlight=False, soft_wrap=True)
+    elif page:
+        if page.exists() and not page.is_dir():
+            raise DecalError(f"--page must be a folder, {page} is a file")
+        files = catalogue.write(page)
+        console.print(f"{page / catalogue.PAGE} and {len(files) - 1} pictures", highlight=False, soft_wrap=True)
+
+
+def _list_rules() -> None:
+    from rich.markup import escape
+
+    from decal.eval import catalogue
+    from decal.samplers.rule import RULES
+
+    table = Table(box=None, padding=(0, 2))
+    for heading in ("rule", "kind", "keeps, or does", "paper"):
+        table.add_column(heading, overflow="fold")
+    for rule in (rule for some in catalogue.groups(RULES.values()).values() for rule in some):
+        cells = catalogue.signature(rule), rule.kind, rule.summary.replace("``", ""), rule.paper
+        table.add_row(*map(escape, cells))
+    console = _console()
+    console.print(table)
+    console.print("\nhelp(decal.min_p) in Python says everything about one; decal check RULE tests it.", highlight=False)
+
+
+@cli.command(name="check")
+@click.argument("rule")
+def check_(rule: str) -> None:
+    """Check that a rule keeps the laws every rule must, your own too.
+
+    RULE is its name; a rule of your own is found if an installed package registers it under the entry point decal.rules.
+    """
+    from decal.samplers import testing
+    from decal.samplers.rule import find
+
+    found = find(rule)
+    try:
+        passed = testing.check(found)
+    except AssertionError as error:
+        raise DecalError(" ".join(str(error).split()) or f"{rule} fails a check") from error
+    console = _console()
+    for name in passed:
+        console.print(f"passed  {name}", highlight=False, markup=False)
+    console.print(f"{found.name} passes all {len(passed)} checks", highlight=False, markup=False)
