@@ -1,7 +1,7 @@
 """The page of all rules, made from their declarations: ``decal rules --page docs``.
 
-Text comes from docstrings and parameters, pictures from three rows of a real model in
-``catalogue_rows.safetensors``, the table of measurements, if there is one, from ``kept_sets.json``; ``benchmarks/kept_sets.py`` makes these two files.
+Text comes from docstrings and parameters, pictures from three rows of a real model in ``catalogue_rows.safetensors``, the table
+of measurements, if there is one, from ``kept_sets.json``; ``benchmarks/kept_sets.py`` makes these two files.
 A picture carries a digest of the numbers it shows, so whether it is stale doesn't depend on how it was drawn.
 """
 
