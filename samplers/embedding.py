@@ -35,7 +35,7 @@ def top_w(
     over the vocabulary. It begins with the tokens of 0.999 of the mass. Top-W, 2026.
 
     Differs: the authors' code breaks ties at the end of the pool and of the set at random; here the order of the vocabulary
-    does.
+    does. As published, the search begins where every likely token is in S, at distance 0, so that the geometry seldom matters.
     """
     weights = row.weights
 

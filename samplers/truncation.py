@@ -135,7 +135,7 @@ def p_less_norm(row: Row, k: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep=(
     2025.
 
     Differs: n is the number of tokens still alive, in the authors' code the size of the vocabulary, which is the same unless an
-    earlier step cut. At a real vocabulary the rule keeps what ``p_less`` keeps.
+    earlier step cut. On peaked rows over a real vocabulary the rule keeps what ``p_less`` keeps.
     """
     n = row.count
     excess = (n * row.collision - 1).clamp(min=0) / (n - 1).clamp(min=1)

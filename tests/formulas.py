@@ -623,9 +623,11 @@ def top_w(
             weighted += p[i] * phi[i]
             scores.append(weighted / max(mass, 1e-12) + (beta - lam) * math.log(max(mass, 1e-12)))
         best = int(np.argmax(scores))
-        rest = scores[:best] + scores[best + 1 :]
-        unsure |= bool(rest) and max(rest) > scores[best] - doubt
-        unsure |= best + 1 < len(line) and phi[line[best]] - phi[line[best + 1]] < doubt
+        # Distances known to ``doubt`` leave scores in doubt by no more than that times the mass between two sets.
+        masses = p[line].cumsum()
+        lead = scores[best] - np.delete(scores, best)
+        unsure |= bool((lead < geometry * doubt * np.abs(np.delete(masses, best) - masses[best]) + 1e-14).any())
+        unsure |= best + 1 < len(line) and phi[line[best]] - phi[line[best + 1]] < geometry * doubt + 1e-12
         if set(line[: best + 1]) == chosen:
             break
         chosen = set(line[: best + 1])

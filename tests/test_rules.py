@@ -119,6 +119,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
             (3.5, 2.2, 3.0, 1200, 1),
             (6.0, 1.0, 5.0, 30, 4),
             (2.0, 2.2, 0.6, 1200, 9),
+            (3.0, 0.05, 5.0, 1200, 9),  # geometry says anything only where the set reaches beyond 0.999 of the mass
+            (3.0, 0.05, 9.0, 1200, 3),
         )
     ],
     "basis_aware": [{"eps": e, "rank": r, "tries": t} for e, r, t in ((0.02, 2, 5), (0.1, 4, 40), (0.3, 3, 40), (0.1, 40, 10))],
