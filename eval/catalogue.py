@@ -106,7 +106,8 @@ def paper_url(paper: str) -> str:
 
 def invariance(rule: Rule) -> str:
     """What may change before the rule without changing what it keeps."""
-    found = ["adding a constant to the logits"] if rule.shift else []
+    form = "" if isinstance(rule.shift, bool) else ", in its default form"
+    found = [f"adding a constant to the logits{form}"] if rule.step().ignores_shift else []
     if rule.scale:
         found.append("temperature: before or after it, the same tokens are kept")
     text = "; ".join(found) or "nothing"
@@ -124,24 +125,28 @@ def entry(rule: Rule, picture: bool) -> str:
         "Side": f"{rule.side} temperature" if rule.side != "either" else "before or after temperature",
         "Invariant to": invariance(rule),
         "Reads": ", ".join(["logits", *(text for name, text in NEEDS.items() if name in rule.needs)]),
-        "Paper": f"[{rule.paper}]({paper_url(rule.paper)})",
+        "Paper": f"[{rule.paper}]({paper_url(rule.paper)})" if rule.paper else "none",
         "Elsewhere": rule.section("Elsewhere") or "no other stack on record",
         "Differs": rule.section("Differs") or "none on record",
     }
     if rule.slow:
         facts["Slow"] = rule.slow
+    if rule.wants_cut:
+        facts["Side"] += ", behind a cut"
     lines = [f"### {rule.name}", "", f"`{signature(rule)}` ({rule.kind})", "", _escape(rule.summary), ""]
     for paragraph in formula(rule):
         lines += [_escape(paragraph), ""]
     if picture:
         lines += [f"![What {rule.name} does to three rows]({PICTURES}/{rule.name}.png)", ""]
     if rule.params:
-        lines += ["| parameter | default | allowed | off |", "|---|---|---|---|"]
+        lines += ["| parameter | default | allowed |", "|---|---|---|"]
         for name, p in rule.params.items():
-            off = f"{p.off:g}" if p.off is not None else ""
             allowed = re.sub(r" \((?:or )?\S+ = off\)", "", p.allowed)
-            lines.append(f"| `{name}` | {_text(p.default)} | {allowed} | {off} |")
+            lines.append(f"| `{name}` | {_text(p.default)} | {allowed} |")
         lines.append("")
+        switches = [f"`{name}` = {p.off:g}" for name, p in rule.params.items() if p.off is not None]
+        if switches:
+            facts = {"Off where": " and ".join(switches)} | facts
     lines += [f"- {name}: {_escape(text).removesuffix('.')}." for name, text in facts.items()]
     return "\n".join(lines) + "\n"
 

@@ -220,7 +220,7 @@ def _list_rules() -> None:
 
     table = Table(box=None, padding=(0, 2))
     for heading in ("rule", "kind", "keeps, or does", "paper"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "paper")
     for rule in (rule for some in catalogue.groups(RULES.values()).values() for rule in some):
         cells = catalogue.signature(rule), rule.kind, rule.summary.replace("``", ""), rule.paper
         table.add_row(*map(escape, cells))

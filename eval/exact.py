@@ -61,22 +61,41 @@ class Group:
     def named(self) -> bool:
         """Whether it matters which token is which."""
         spared = any(isinstance(v, tuple) and v for values in self.values for v in values.values())
-        return spared or bool(self.needs & {"history", "model"} - ({"history"} if "chance" in self.needs else set()))
+        return spared or any(rule.tokenwise and rule.needs & {"history", "model"} for rule in self.rules)
+
+    @property
+    def absolute(self) -> bool:
+        """Whether it matters what constant the logits have."""
+        steps = (Step(rule, values) for rule, values in zip(self.rules, self.values, strict=True))
+        return not all(step.ignores_shift for step in steps)
 
 
 def group(chains: Sequence[Chain]) -> list[Group]:
     """Arrange chains into groups.
 
     Raises:
-        DecalError: a chain has per-row parameters.
+        DecalError: a chain has per-row parameters, or a memory of what depends on a coin.
     """
     by_rules: dict[Any, list[int]] = defaultdict(list)
     for number, chain in enumerate(chains):
         if chain.per_row is not None:
             raise DecalError(f"the evaluator needs one value per parameter, got per-row values in {chain}")
+        _refuse_memory_of_coins(chain)
         shared = tuple((s.rule, *(v for name, v in s.values.items() if s.rule.params[name].static)) for s in chain.steps)
         by_rules[shared].append(number)
     return [_stack(chains, members) for members in by_rules.values()]
+
+
+def _refuse_memory_of_coins(chain: Chain) -> None:
+    """What a rule remembers must be a function of the text, or there would be as many memories as ways for coins to fall."""
+    tossed = None
+    for step in chain.steps:
+        if step.is_off:
+            continue
+        if "chance" in step.rule.needs:
+            tossed = step
+        elif tossed and step.rule.feedback:
+            raise DecalError(f"the evaluator can't be exact on {chain}: what {step} remembers depends on the coins of {tossed}")
 
 
 def _stack(chains: Sequence[Chain], members: list[int]) -> Group:
@@ -208,10 +227,10 @@ class Situation:
     prompt: Sequence[int] = ()
     weights: Weights | None = None
 
-    def context(self, trie: TokenTrie, nodes: Sequence[int], coin: bool | None) -> Context:
+    def context(self, trie: TokenTrie, nodes: Sequence[int]) -> Context:
         """Of a block of nodes."""
         texts = [[*self.prompt, *trie.path(node)] for node in nodes]
-        return Context(History.of(texts, prompt=len(self.prompt)), self.weights, coin)
+        return Context(History.of(texts, prompt=len(self.prompt)), self.weights)
 
 
 def flows(
@@ -357,12 +376,13 @@ class _Run:
         return total
 
     def _share(self, falls: list[bool]) -> Tensor:
-        rows: RankedRow | None = self._start(falls[0] if falls else None)
+        rows = self._start()
         odds = torch.ones(self.settings * self.block.rows, dtype=torch.float64)
+        if self.g.absolute:
+            return self._compact(rows, 0, falls, odds)
         for step in range(len(self.g.rules)):
-            assert rows is not None
             one = self._step(step)
-            if one.is_off:
+            if one.is_off and "chance" not in one.rule.needs:
                 continue
             state = self._state(step)
             given = rows if state is None else rows.remembering(state)
@@ -374,7 +394,6 @@ class _Run:
             odds = odds * _odds(given.chances, given.coin)
             self._remember(step, given)
             rows = after
-        assert rows is not None
         return rows.log_probability(self.which, self.column).exp() * odds[self.which]
 
     def _compact(self, rows: RankedRow, start: int, falls: list[bool], odds: Tensor) -> Tensor:
@@ -386,18 +405,19 @@ class _Run:
         for first_ in range(0, self.settings, size):
             chosen = every[first_ : first_ + size]
             some = chosen.flatten()
-            prunes = self.g.rules[start].prunes
-            compact = CompactRow.pruned(rows.some(some), self._step(start, some)) if prunes else CompactRow.of(rows.some(some))
+            prunes = self.g.rules[start].prunes and not self.g.absolute
+            few = rows.some(some)
+            compact = CompactRow.pruned(few, self._step(start, some)) if prunes else CompactRow.of(few, self.g.absolute)
             which = self.which[first_ : first_ + size] - first_ * self.block.rows
             column = self.column[first_ : first_ + size]
             chance = odds[some]
             left = list(falls)
             for step in range(start + prunes, len(self.g.rules)):
                 one = self._step(step, some)
-                if one.is_off:
+                if one.is_off and "chance" not in one.rule.needs:
                     continue
                 state = self._state(step)
-                if "chance" in one.rule.needs and step > start:
+                if "chance" in one.rule.needs and (step > start or compact.coin is None):
                     compact = compact.tossing(left.pop(0))
                 self._remember(step, compact, which, column, slice(first_, first_ + size))
                 compact = compact.after(one, state and {name: v[some] for name, v in state.items()})
@@ -405,10 +425,10 @@ class _Run:
             share[first_ : first_ + size] = compact.log_probability(which, column).exp() * chance[which]
         return share
 
-    def _start(self, coin: bool | None) -> RankedRow:
+    def _start(self) -> RankedRow:
         row = torch.arange(self.block.rows).repeat(self.settings)
         unit = int(torch.searchsorted(self.block.scales, torch.tensor(1.0, dtype=torch.float64)))
-        context = self.work.situation.context(self.work.trie, self.nodes, coin) if self.g.needs else None
+        context = self.work.situation.context(self.work.trie, self.nodes) if self.g.needs else None
         zero = torch.zeros_like(row)
         return RankedRow(self.block, row, zero + unit, zero, self.block.alive[row], context)
 

@@ -32,6 +32,9 @@ PARTNER = "min_p"
 ORDERS = 2 * len(FEW) - 1
 """Ways to put one of a few temperatures before or after a cut; at temperature 1 they are the same."""
 
+MANY = tuple(float(f"{FEW[0] * (FEW[-1] / FEW[0]) ** (i / (ORDERS - 1)):.4g}") for i in range(ORDERS))
+"""As many temperatures as that, over the same range, for cuts that don't see it."""
+
 CUTS = tuple(float(f"{0.7 * (0.005 / 0.7) ** (i / (ORDERS - 1)):.3g}") for i in range(ORDERS))
 """As many values of the partner as that, from 0.7 to 0.005, evenly in logarithm."""
 
@@ -56,9 +59,9 @@ def load(name: str) -> list[Setting]:
     """The grid ``quick``, ``all``, ``paper``, or that of a file; greedy and plain temperature are part of every grid.
 
     ``quick`` tries every declared rule but the slow ones at the six settings it declares worth comparing: a cut with a few
-    temperatures before and after it, another rule behind as many cuts of `PARTNER`; so all have the same number of settings,
-    and plain temperature too. ``all`` has the slow ones as well. ``paper`` is the grid of arXiv 2605.11128. A file has one
-    chain a line, where ``{a, b}`` stands for either value.
+    temperatures before and after it, or more of them after it if the place makes no difference; another rule behind as many
+    cuts of `PARTNER`. So all have the same number of settings, and plain temperature too. ``all`` has the slow ones as well.
+    ``paper`` is the grid of arXiv 2605.11128. A file has one chain a line, where ``{a, b}`` stands for either value.
 
     Raises:
         DecalError: no such grid or file, or a line that isn't a chain.
@@ -95,11 +98,16 @@ def _every_rule(slow: bool) -> list[Setting]:
         # A parameter without values worth comparing stays at its default.
         values = list(itertools.product(*(p.sweep or (p.default,) for p in rule.params.values())))
         if rule.kind in ("truncation", "band", "projection"):
-            settings += _both_orders(rule, values, FEW)
+            settings += _cooled(rule, values) if rule.scale else _both_orders(rule, values, FEW)
         else:
             family = f"{PARTNER} | {rule.name}"
             settings += [Setting(family, partner(cut) | rule(*value)) for cut in CUTS for value in values]
     return settings
+
+
+def _cooled(rule: Rule, values: Sequence[tuple[Any, ...]]) -> list[Setting]:
+    """A cut that keeps the same before and after a temperature, with as many temperatures as others have places for theirs."""
+    return [Setting(rule.name, rule(*value) | find("temperature")(t)) for t in MANY for value in values]
 
 
 def _from_file(name: str) -> list[Setting]:

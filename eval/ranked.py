@@ -114,7 +114,8 @@ class RankedBlock:
         level = torch.from_numpy(ranked).double()
         if not bool(level[:, 0].isfinite().all()):
             raise DecalError("the model gave a row of logits with NaN, +inf or nothing finite")
-        level -= level[:, :1].clone()
+        self.top = level[:, :1].clone()
+        level -= self.top
         self.rows, self.width = level.shape
         self.alive = level.isfinite().sum(-1)
         self.scales = torch.tensor(sorted(set(scales)), dtype=torch.float64)
@@ -237,7 +238,8 @@ class RankedRow(BaseRow):
 
     def upper(self, *, count: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
         if count is not None:
-            last = torch.minimum(self.lo + count[:, 0].long(), self.hi) - 1
+            # Counts may be too large for an integer.
+            last = torch.minimum(self.lo + count[:, 0].clamp(max=self.block.width).long(), self.hi) - 1
         else:
             assert mass is not None
             target = mass[:, 0] * self.mass(self.lo, self.hi)
@@ -373,14 +375,15 @@ class CompactRow:
         self.chances: list[Tensor] = []
 
     @classmethod
-    def of(cls, rows: RankedRow) -> CompactRow:
-        """Rows, written out."""
+    def of(cls, rows: RankedRow, absolute: bool = False) -> CompactRow:
+        """Rows, written out; at the model's own level if ``absolute``, for rows that no step has changed."""
         width = int((rows.hi - rows.lo).max())
         tokens = None
         if rows.block.order is not None:
             position = (rows.lo[:, None] + torch.arange(width)).clamp(max=rows.block.width - 1)
             tokens = rows.block.order[rows.row[:, None], position]
-        return cls(rows.levels(torch.arange(len(rows.row)), 0, width), rows.lo, rows.row, tokens, rows._context)
+        z = rows.levels(torch.arange(len(rows.row)), 0, width)
+        return cls(z + rows.block.top[rows.row] if absolute else z, rows.lo, rows.row, tokens, rows._context)
 
     @classmethod
     def pruned(cls, rows: RankedRow, step: Step) -> CompactRow:

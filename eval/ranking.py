@@ -5,6 +5,8 @@ Legend: F families, T tasks, D prompts of a task, R resamples, S settings of a t
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +16,8 @@ import numpy as np
 from decal.eval.frontier import LEVEL, ORACLES, TaskResult
 
 RESAMPLES = 2000
-SPLITS = 10
-"""Random halvings of the prompts over which held-out scores are averaged."""
+SPLITS = 100
+"""Halvings of the prompts over which held-out scores are averaged: all there are, or that many at random."""
 
 PLAIN = "temperature"
 """The family that the others are compared to."""
@@ -208,19 +210,27 @@ def held_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Diversity and validity (F, D) on each prompt of the settings chosen on halves of the prompts without it.
 
-    Means over `SPLITS` random halvings, each used both ways. Diversity counts as 0 if no setting reached the floor on the other
+    Means over `SPLITS` halvings, each used both ways. Diversity counts as 0 if no setting reached the floor on the other
     half, or if the chosen one gives no valid answer here; validity is NaN if no setting ever did.
     """
     many = task.validity.shape[1]
     score, validity, counted = (np.zeros((len(members), many)) for _ in range(3))
-    for _ in range(SPLITS):
-        order = rng.permutation(many)
+    orders = _halvings(many, rng)
+    for order in orders:
         for here, there in ((order[: many // 2], order[many // 2 :]), (order[many // 2 :], order[: many // 2])):
             choice = choose(task, members, floor, there)
             score[:, here] += _scores(task, choice)[:, here]
             validity[:, here] += np.where(choice[:, None] >= 0, task.validity[choice][:, here], 0.0)
             counted[:, here] += choice[:, None] >= 0
-    return score / SPLITS, np.divide(validity, counted, out=np.full_like(validity, np.nan), where=counted > 0)
+    return score / len(orders), np.divide(validity, counted, out=np.full_like(validity, np.nan), where=counted > 0)
+
+
+def _halvings(many: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Orders of the prompts whose first half is one half, the rest the other."""
+    if math.comb(many, many // 2) > SPLITS:
+        return [rng.permutation(many) for _ in range(SPLITS)]
+    halves = itertools.combinations(range(many), many // 2)
+    return [np.array([*half, *sorted(set(range(many)) - set(half))]) for half in halves]
 
 
 def _scores(task: TaskResult, choice: np.ndarray) -> np.ndarray:

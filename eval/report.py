@@ -340,7 +340,7 @@ def _ranking_figure(run: Run) -> bytes:
             axis.plot([score.low, score.high], [y, y], "-", color=colour, linewidth=1.6, alpha=0.7)
         (dot,) = axis.plot(score.value, y, "o", color=colour, markersize=5, zorder=3)
         if place.held:
-            (ring,) = axis.plot(place.held.score.value, y, "o", mfc="white", mec=colour, markersize=5, zorder=4)
+            (ring,) = axis.plot(place.held.score.value, y, "o", mfc="none", mec=colour, markersize=8, zorder=2)
     handles = {"diversity, and its interval" if lines[0].score.low is not None else "diversity": dot}
     if lines[0].held:
         handles["on held-out prompts"] = ring
@@ -495,9 +495,9 @@ def _print_ranking(ranking: Ranking, console: Any) -> None:
     from rich.text import Text
 
     console.print(overall(ranking) + "\n", highlight=False, markup=False)
-    headings = {"rank": "", "family": "sampler", "score": "diversity", "gain": "over temperature", "held_value": "held out"}
+    headings = {"rank": "", "family": "sampler", "score": "diversity", "gain": "over temperature", "held_value": "held-out"}
     if console.width >= 110:
-        headings |= {"validity": "validity there", "best": "P(best)", "ranks": "ranks", "settings": "settings"}
+        headings |= {"validity": "held-out validity", "best": "P(best)", "ranks": "ranks", "settings": "settings"}
     headings["reached"] = "tasks"
     lines = [_place(place, len(ranking.prompts)) for place in (*ranking.places, *ranking.oracles)]
     headings = {key: heading for key, heading in headings.items() if any(line[key] for line in lines)}

@@ -76,7 +76,7 @@ class Task(_Strict):
     label: StrictStr | None = None
     form: Form = "few_shot"
     shots: int = Field(default=4, ge=1, le=64)
-    draws: int = Field(default=10, ge=1, le=1000)
+    draws: int = Field(default=5, ge=1, le=1000)
     tokenisation: Literal["canonical", "all"] = "canonical"
     leading_space: bool | None = None
     case: Literal["exact", "any"] = "exact"

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 
@@ -51,8 +51,12 @@ class Pass:
     def refuses(self, step: Step) -> str | None:
         """Why ``step`` can't join this pass, or None if it can."""
         for one in (*self.steps, step) if self.steps else ():
-            if one.rule.tokenwise or one.rule.feedback or any(isinstance(v, tuple) for v in one.values.values()):
-                return f"{one.rule.name} has a pass of its own"
+            if (
+                one.rule.tokenwise
+                or one.rule.needs & {"state", "chance"}
+                or any(isinstance(v, tuple) for v in one.values.values())
+            ):
+                return "it has a pass of its own" if one is step else f"{one.rule.name} has a pass of its own"
         reads = step.rule.reads
         if step.rule.kind != "reshaping" and self.write:
             return f"{step.rule.name} cuts what {self.write[-1].rule.name} has reshaped"
@@ -169,16 +173,23 @@ class Chain:
         return choose().module.narrow(processed, logits.dtype), seen
 
     def init(self, rows: int, *, device: torch.device | str = "cpu") -> State:
-        """What the chain remembers before the first token, for so many rows."""
+        """What the chain remembers before the first token, for so many rows. Raises DecalError unless there is one."""
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise DecalError(f"init takes a number of rows, at least 1, got {rows!r}")
         like = torch.zeros((), dtype=choose().module.wide(torch.device(device)), device=device)
         states = [step.init(like) for step in self.steps]
         return tuple(state and {name: v.expand(rows, 1) for name, v in state.items()} for state in states)
 
     def observe(self, state: State, seen: Seen, tokens: Tensor) -> State:
-        """What the chain remembers after ``tokens`` (B,) were drawn; ``state`` and ``seen`` are from before.
+        """What the chain remembers after ``tokens`` (B,) were drawn, from the scores that `apply` gave with ``seen``.
 
         A token that a step was not offered, such as padding behind the end, leaves that step's memory as it was.
+
+        Raises:
+            DecalError: ``tokens`` are not token ids, one for each row.
         """
+        for z_BV in seen.rows.values():
+            tokens = _admit_tokens(tokens, *z_BV.shape)
         new = list(state)
         for number, z_BV in seen.rows.items():
             step, old = self.steps[number], state[number]
@@ -208,6 +219,9 @@ class Chain:
             for step in one.steps:
                 if step.rule.feedback:
                     seen[number[id(step)]] = z_BV
+                if "chance" in step.rule.needs:
+                    # Several coins of a chain are several coins, whatever their seeds.
+                    context = replace(context, toss=context.toss + 1)
             state_of = {id(step): state[number[id(step)]] if state else None for step in one.steps}
             z_BV = run_pass(one, z_BV, context, state_of)
         return torch.where(dead, -torch.inf, z_BV), Seen(seen)
@@ -218,12 +232,17 @@ class Chain:
             raise DecalError(f"logits must be a floating-point tensor of shape (B, V), got {got}")
         if self.per_row not in (None, len(logits)):
             raise DecalError(f"the chain has parameters for {self.per_row} rows, the logits have {len(logits)}")
+        if history is not None and not isinstance(history, History):
+            raise DecalError(f"history must be a History, such as decal.History.of(input_ids), got {type(history).__name__}")
         if history is not None and len(history) != len(logits):
             raise DecalError(f"the history is of {len(history)} rows, the logits have {len(logits)}")
         if state is not None and len(state) != len(self.steps):
             raise DecalError(f"the state is of a chain of {len(state)} steps, this one has {len(self.steps)}")
-        if self.weights is not None and len(self.weights.embedding) < logits.shape[1]:
-            raise DecalError(f"the model has {len(self.weights.embedding)} embeddings, the logits {logits.shape[1]} tokens")
+        sizes = {len(v) for one in state or () for v in (one or {}).values()}
+        if sizes - {len(logits)}:
+            raise DecalError(f"the state is of {min(sizes)} rows, the logits have {len(logits)}")
+        if self.weights is not None and len(self.weights.head) != logits.shape[1]:
+            raise DecalError(f"the model has {len(self.weights.head)} output embeddings, the logits {logits.shape[1]} tokens")
         if not check:
             return
         bad = logits.isnan() | logits.isposinf()
@@ -255,8 +274,9 @@ class Chain:
             lines.append(f"  pass {number}: {one.reason}")
             for role, steps in (("on reading", one.read), ("cut", one.cut), ("on writing", one.write)):
                 for step in steps:
-                    reads = ", ".join(sorted(step.rule.reads)) or "nothing"
-                    lines.append(f"    {role:<10}  {step!s:<24}  {step.rule.summary}  [reads {reads}]")
+                    reads = ", ".join(sorted({"every logit"} if step.rule.tokenwise else set()) + sorted(step.rule.reads))
+                    summary = step.rule.summary.replace("``", "")
+                    lines.append(f"    {role:<10}  {step!s:<24}  {summary}  [reads {reads or 'nothing'}]")
         lines += [f"  off: {step}" for step in self.steps if step.is_off]
         lines += [f"  {note}" for note in notes(self)]
         lines.append(f"  backend: {backend.name} ({backend.reason})")
@@ -361,12 +381,22 @@ def notes(chain: Chain) -> list[str]:
             continue
         before, after = (_temperatures(steps) for steps in (chain.steps[:number], chain.steps[number + 1 :]))
         side = step.rule.side
+        if step.rule.wants_cut and all(s.is_off or s.rule.kind == "reshaping" for s in chain.steps[:number]):
+            found.append(f"warning: {step.rule.name} was made to stand behind a cut; here it lifts the whole vocabulary")
         if side == "before" and before:
             found.append(f"warning: {step.rule.name} was made to stand before temperature; here it comes after {before[-1]}")
         if side == "after" and after:
             found.append(f"warning: {step.rule.name} was made to stand after temperature; here it comes before {after[0]}")
         last = chain.steps[number - 1] if number else None
-        if last is None or last not in before or step.per_row or last.per_row or not last.values["t"]:
+        if (
+            last is None
+            or last not in before
+            or "t" not in last.values
+            or len(last.values) > 1
+            or step.per_row
+            or last.per_row
+            or not last.values["t"]
+        ):
             continue
         if step.rule.scale:
             found.append(f"note: {step} keeps the same tokens before {last} as after it")
@@ -377,7 +407,20 @@ def notes(chain: Chain) -> list[str]:
 
 
 def _temperatures(steps: Sequence[Step]) -> list[Step]:
-    return [step for step in steps if step.rule.name == "temperature" and not step.is_off]
+    """Those that are a temperature, whether fixed or the row's own."""
+    return [s for s in steps if s.rule.kind == "reshaping" and not (s.rule.tokenwise or s.rule.wants_cut or s.is_off)]
+
+
+def _admit_tokens(tokens: Any, rows: int, vocabulary: int) -> Tensor:
+    """Drawn tokens as (B,). Raises DecalError."""
+    wanted = f"observe: tokens must be {rows} token ids in [0, {vocabulary}), as a tensor of shape ({rows},)"
+    if not isinstance(tokens, Tensor):
+        raise DecalError(f"{wanted}, got {tokens!r}")
+    if tokens.dtype not in (torch.int64, torch.int32) or tokens.numel() != rows or tokens.dim() > 2:
+        raise DecalError(f"{wanted}, got {tokens.dtype} {tuple(tokens.shape)}")
+    if tokens.device.type == "cpu" and not bool(((tokens >= 0) & (tokens < vocabulary)).all()):  # elsewhere it would wait
+        raise DecalError(f"{wanted}, got {tokens.flatten().tolist()}")
+    return tokens.reshape(rows).long()
 
 
 def _plain(value: Any) -> Any:

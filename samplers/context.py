@@ -49,6 +49,8 @@ class History:
             DecalError: not of this form.
         """
         if not isinstance(tokens, Tensor):
+            if not isinstance(tokens, Sequence) or not all(isinstance(t, Sequence) and not isinstance(t, str) for t in tokens):
+                raise DecalError(f"a history holds a list of token ids for each row, such as [[5, 7], [5]], got {tokens!r}")
             longest = max(map(len, tokens), default=0)
             filled = [[-1] * (longest - len(t)) + [int(i) for i in t] for t in tokens]
             tokens, pad = torch.tensor(filled, dtype=torch.long).reshape(len(filled), longest), -1
@@ -103,7 +105,9 @@ class Weights:
 
     @classmethod
     def of(cls, model: Any) -> Weights:
-        """Of a transformers model. Raises DecalError if it has none."""
+        """Of a transformers model. Raises DecalError if it is none, or has none."""
+        if not hasattr(model, "get_output_embeddings"):
+            raise DecalError(f"for_model takes a transformers model, got {type(model).__name__}")
         inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
         if inside is None or outside is None:
             raise DecalError(f"{type(model).__name__} has no input and output embeddings")
@@ -136,11 +140,13 @@ class Context:
         history: the tokens so far.
         weights: the model's embeddings.
         coin: forces every random choice, for computing with both outcomes.
+        toss: which random choice of the chain it is.
     """
 
     history: History | None = None
     weights: Weights | None = None
     coin: bool | None = None
+    toss: int = 0
 
     @classmethod
     def probe(cls) -> Context:

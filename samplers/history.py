@@ -25,7 +25,7 @@ def _counts(row: Row, window: int, scope: str) -> Tensor:
     return row.per_token(lambda history, vocabulary: history.counts(vocabulary, history.within(int(window), scope)))
 
 
-@rule(paper="arXiv:1909.05858", side="before")
+@rule(paper="arXiv:1909.05858", side="before", shift=lambda form, **_: form != "legacy")
 def repetition_penalty(
     row: Row,
     r: Tensor = Param(1.1, low=1e-3, off=1.0, sweep=(0.8, 1.05, 1.1, 1.2, 1.5, 2.0)),
@@ -33,7 +33,7 @@ def repetition_penalty(
     scope: str = Choice("all", "generated"),
     form: str = Choice("normalised", "legacy"),
 ) -> Map:
-    """Make tokens that occurred less likely: multiply their log-probability by ``r``.
+    """Make tokens that occurred less likely, by the factor ``r`` on their log-probability (in the legacy form, on the logit).
 
     Maps log p_i to r log p_i for the tokens of the last ``window`` (0: all) tokens, prompt included unless the scope is
     ``generated``. The form ``legacy`` is the published one on logits, z / r if z > 0, else z r, which depends on a constant
@@ -244,6 +244,7 @@ def _adapt(state: State, logp: Tensor, target: Tensor, decay: Tensor) -> State:
 @rule(
     paper="github.com/MrJackSpade/adaptive-p-docs",
     side="after",
+    wants_cut=True,
     feedback=Feedback(
         init=lambda target, decay: {"sum": target / (1 - decay), "weight": 1 / (1 - decay) + 0 * target},
         update=_adapt,

@@ -257,7 +257,8 @@ def from_transformers(generation_config: Any) -> Conversion:
     Raises:
         DecalError: a value is not allowed; it names the setting.
     """
-    s = _Settings(_TRANSFORMERS, generation_config)
+    # A model is what one has at hand.
+    s = _Settings(_TRANSFORMERS, getattr(generation_config, "generation_config", generation_config))
     if s.number("repetition_penalty") != 1:
         s.add("repetition_penalty", {"r": "repetition_penalty"}, form="legacy")
     if s.number("no_repeat_ngram_size") > 0:

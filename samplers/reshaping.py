@@ -24,7 +24,7 @@ def temperature(row: Row, t: Tensor = Param(1.0, low=0, high=math.inf, off=1.0))
     return Affine(1 / t, torch.zeros_like(t))
 
 
-@rule(paper="arXiv:2605.11128")
+@rule(paper="arXiv:2605.11128", wants_cut=True)
 def flatten(row: Row, strength: Tensor = Param(0.5, low=0, high=1, off=0.0, sweep=(0.1, 0.3, 0.5, 0.7, 0.9, 1.0))) -> Affine:
     """Interpolate the log-probabilities of the kept tokens towards uniform.
 
@@ -101,7 +101,7 @@ def quadratic(
     return Map(smooth)
 
 
-@rule(paper="arXiv:2605.11128")
+@rule(paper="arXiv:2605.11128", wants_cut=True)
 def target_entropy(
     row: Row,
     h: Tensor = Param(0.7, low=0, sweep=(0.2, 0.4, 0.6, 0.8, 0.9, 1.0)),
@@ -164,7 +164,7 @@ def towards(z: Tensor, logz: Tensor, target: Tensor) -> Tensor:
     return 5 - 10 * u**2 / (1 + u)
 
 
-@rule(paper="github.com/MrJackSpade/adaptive-p-docs", side="after")
+@rule(paper="github.com/MrJackSpade/adaptive-p-docs", side="after", wants_cut=True)
 def power_law(row: Row, target: Tensor = Param(0.5, low=0, high=1, sweep=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7))) -> Map:
     """Prefer tokens whose probability is near ``target``.
 
@@ -196,10 +196,10 @@ def skew(row: Row, s: Tensor = Param(0.5, low=-10, high=10, off=0.0, sweep=(-0.5
         log_f = (falling - logz).logcumsumexp(-1)
         log_mass = log_f.gather(-1, (end - 1).clamp(min=0)).clamp(max=0)
         size = (end - start).to(z)
-        # The share of the group in its F, in logs: exact also where it is far below rounding.
+        # The share of the group in its F, in logs: exact also where it is too small for a float.
         log_share = (z - logz + size.log() - log_mass).clamp(max=0)
         share = torch.where(start == 0, 1.0, log_share.exp())  # where rounding would matter
-        small = log_share < -18
+        small = log_share < -600
         log_gain = torch.where(small, g.log() + log_share, torch.log(-torch.expm1(g * torch.log1p(-share))))
         return g * log_mass + log_gain - size.log()
 

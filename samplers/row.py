@@ -219,7 +219,8 @@ class BaseRow:
             return torch.full_like(probability, self._context.coin, dtype=torch.bool)
         self.reads.add("history")
         history = self.history
-        return random.uniform(seed, history.request, history.length) < probability
+        toss = torch.tensor(self._context.toss, device=history.length.device)
+        return random.uniform(seed, history.request, history.length, toss) < probability
 
     # ---- order statistics by looking at top sets of every size
 

@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from importlib.metadata import entry_points
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -65,7 +66,8 @@ class Parameter:
     @property
     def allowed(self) -> str:
         """The allowed values, in words."""
-        end = f"{self.high:g}]" if math.isfinite(self.high) else "inf)"
+        high = f"{self.high:.0f}" if self.integer else f"{self.high:g}"
+        end = f"{high}]" if math.isfinite(self.high) else "inf)"
         interval = f"{'an integer ' if self.integer else ''}in [{self.low:g}, {end}"
         if self.off is None:
             return interval
@@ -80,7 +82,8 @@ class Parameter:
             return self._check_tensor(where, value)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             tensor = "" if self.static else " or a (B, 1) tensor of them"
-            raise DecalError(f"{where} must be a number {self.allowed}{tensor}, got {value!r}")
+            number = "" if self.integer else "a number "
+            raise DecalError(f"{where} must be {number}{self.allowed}{tensor}, got {value!r}")
         try:
             admitted = self._admits(float(value))
         except OverflowError:
@@ -132,13 +135,14 @@ class ChoiceParameter:
     @property
     def allowed(self) -> str:
         """The allowed values, in words."""
-        return "one of " + ", ".join(self.options)
+        return "one of " + ", ".join(map(repr, self.options))
 
     def check(self, where: str, value: Any) -> str:
-        """``value``, if it is allowed. Raises DecalError."""
-        if not isinstance(value, str) or value not in self.options:
+        """``value``, if it is allowed; a number counts as it is written. Raises DecalError."""
+        word = f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        if not isinstance(word, str) or word not in self.options:
             raise DecalError(f"{where} must be {self.allowed}, got {value!r}")
-        return value
+        return word
 
     def text(self, value: Value) -> str:
         """How a chain's text form writes ``value``."""
@@ -169,7 +173,8 @@ class TokensParameter:
             isinstance(v, numbers.Integral) and not isinstance(v, bool) and int(v) >= 0 for v in value
         )
         if not good:
-            raise DecalError(f"{where} must be {self.allowed} such as (13, 198), got {value!r}")
+            got = value[:, 0].tolist() if isinstance(value, Tensor) and value.dim() == 2 else value
+            raise DecalError(f"{where} must be {self.allowed} such as (13, 198), got {got!r}")
         return tuple(int(v) for v in value)
 
     def text(self, value: Value) -> str:
@@ -236,7 +241,7 @@ class Rule:
         body: the formula.
         params: parameters by name, in order.
         paper: where it was published.
-        shift: whether adding a constant to the logits changes nothing.
+        shift: whether adding a constant to the logits changes nothing, or a function of the values that tells.
         scale: whether dividing the logits by a temperature changes no kept set.
         side: where the rule is meant to stand: ``before`` or ``after`` temperature, or ``either``.
         moved: ``moved(t, **values)`` are the values that keep before ``temperature(t)`` what ``values`` keep after it.
@@ -244,23 +249,27 @@ class Rule:
             step), ``model`` (its embeddings).
         feedback: its memory, if it has one.
         slow: why it is left out of default comparisons, if it is.
+        wants_cut: whether it was made to stand behind a cut.
     """
 
     name: str
     body: Callable[..., Any]
     params: Mapping[str, AnyParameter]
     paper: str
-    shift: bool = True
+    shift: bool | Callable[..., bool] = True
     scale: bool = False
     side: str = "either"
     moved: Callable[..., Mapping[str, float]] | None = None
     feedback: Feedback | None = None
     slow: str = ""
+    wants_cut: bool = False
 
     def __post_init__(self) -> None:
         allowed = "\n".join(f"    {name}: {p.allowed}; default {_short(p.default)}" for name, p in self.params.items())
         object.__setattr__(
-            self, "__doc__", f"{inspect.getdoc(self.body)}\n\nParameters:\n{allowed or '    none'}\n\nPaper: {self.paper}"
+            self,
+            "__doc__",
+            f"{inspect.getdoc(self.body)}\n\nParameters:\n{allowed or '    none'}\n\nPaper: {self.paper or 'none'}",
         )
         object.__setattr__(self, "__name__", self.name)
         shown = [
@@ -309,7 +318,13 @@ class Rule:
 
     @cached_property
     def _trace(self) -> tuple[Answer, frozenset[str]]:
-        step = Step(self, {name: p.default for name, p in self.params.items()})
+        """The answer at the defaults, and what is read for any choice of words."""
+        words = {name: p.options for name, p in self.params.items() if isinstance(p, ChoiceParameter)}
+        traces = [self._traced(dict(zip(words, chosen, strict=True))) for chosen in product(*words.values())]
+        return traces[0][0], frozenset().union(*(reads for _, reads in traces))
+
+    def _traced(self, words: Mapping[str, str]) -> tuple[Answer, frozenset[str]]:
+        step = Step(self, {name: words.get(name, p.default) for name, p in self.params.items()})
         z = torch.tensor([[0.0, -1.0]], dtype=torch.float64)
         context = Context.probe()
         values = step.numbers(z)
@@ -377,6 +392,12 @@ class Step:
         return next(iter(sizes), None)
 
     @property
+    def ignores_shift(self) -> bool:
+        """Whether adding a constant to the logits changes nothing."""
+        shift = self.rule.shift
+        return shift if isinstance(shift, bool) else shift(**self.values)
+
+    @property
     def is_off(self) -> bool:
         """Whether the values switch the rule off in every row."""
         switches = [(self.values[name], p.off) for name, p in self.rule.params.items() if p.off is not None]
@@ -434,24 +455,26 @@ SIDES = ("before", "after", "either")
 
 def rule(
     *,
-    paper: str,
-    shift: bool = True,
+    paper: str = "",
+    shift: bool | Callable[..., bool] = True,
     scale: bool = False,
     side: str = "either",
     moved: Callable[..., Mapping[str, float]] | None = None,
     feedback: Feedback | None = None,
     slow: str = "",
+    wants_cut: bool = False,
 ) -> Callable[[Callable[..., Any]], Rule]:
     """Declare the decorated function as a rule named after it. Raises DecalError if the name is taken.
 
     Args:
-        paper: where it was published, as ``arXiv:...``, ``doi:...`` or the place of its first code.
+        paper: where it was published, as ``arXiv:...``, ``doi:...`` or the place of its first code; nothing, if nowhere.
         shift: whether adding a constant to the logits changes nothing.
         scale: whether a temperature before the rule changes no kept set.
         side: where it is meant to stand: ``before`` or ``after`` temperature, or ``either``. `Chain.explain` warns otherwise.
         moved: ``moved(t, **values)`` gives the values that keep before ``temperature(t)`` what ``values`` keep after it.
         feedback: what it remembers of the tokens drawn; see `Feedback`.
         slow: why it is left out of default comparisons.
+        wants_cut: whether it was made to stand behind a cut. `Chain.explain` warns otherwise.
     """
 
     def declare(body: Callable[..., Any]) -> Rule:
@@ -465,12 +488,15 @@ def rule(
         if side not in SIDES:
             raise DecalError(f"rule {body.__name__}: side must be one of {', '.join(SIDES)}, got {side!r}")
         params = {a.name: a.default for a in arguments}
-        declared = Rule(body.__name__, body, params, paper, shift, scale, side, moved, feedback, slow)
+        declared = Rule(body.__name__, body, params, paper, shift, scale, side, moved, feedback, slow, wants_cut)
         for name, param in declared.params.items():
             for value in (param.default, *param.sweep):
                 param.check(f"rule {declared.name}: default and sweep of {name}", value)
         # A body that fails does so here, not in the middle of generation.
-        answer = declared._trace[0]
+        try:
+            answer = declared._trace[0]
+        except Exception as error:
+            raise DecalError(f"rule {declared.name}, line {body.__code__.co_firstlineno}: {error}") from error
         if not isinstance(answer, (Tensor, Band, Affine, Map, Keep)):
             kinds = "a tensor, a Band, an Affine, a Map or a Keep"
             raise DecalError(f"rule {declared.name} must return {kinds}, got {type(answer).__name__}")
@@ -485,8 +511,8 @@ def find(name: str) -> Rule:
     if isinstance(name, str) and name in RULES:
         return RULES[name]
     near = difflib.get_close_matches(str(name), RULES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise DecalError(f"unknown sampler {name!r}{hint} (known: {', '.join(sorted(RULES))})")
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(RULES))}"
+    raise DecalError(f"unknown rule {name!r}; {hint}")
 
 
 GROUP = "decal.rules"

@@ -49,7 +49,7 @@ def _entmax_threshold(d: Tensor, power: Tensor, start: Tensor | None = None) -> 
 
 
 @rule(paper="arXiv:1905.05702", side="after")
-def entmax(row: Row, alpha: Tensor = Param(1.5, low=1, high=100, off=1.0, sweep=(1.1, 1.2, 1.35, 1.5, 1.75, 2.0))) -> Map:
+def entmax(row: Row, alpha: Tensor = Param(1.5, low=1.0001, high=2, off=1.0, sweep=(1.1, 1.2, 1.35, 1.5, 1.75, 2.0))) -> Map:
     """Maximise expected logit plus Tsallis entropy: a softmax that drops tokens, softmax at ``alpha`` = 1, sparsemax at 2.
 
     Maps z to q = max((alpha - 1) z - tau, 0)^(1 / (alpha - 1)), tau such that q sums to 1. Sparse Sequence-to-Sequence Models,
@@ -89,8 +89,8 @@ def l0_bregman(
 
     Minimises D(q, p) + lam |support of q|, D the Bregman divergence of x^alpha / (alpha (alpha - 1)); at alpha "1" the
     Kullback-Leibler divergence. The support is a prefix of the ranking, q_i = (p_i^(alpha - 1) + nu)^(1 / (alpha - 1)) on it,
-    nu such that q sums to 1. It keeps the first k whose next token would lower D by less than lam. Foundations of Top-k
-    Decoding, Noarov et al. 2025, the primal rule.
+    nu such that q sums to 1. It keeps the first k whose next token would lower D by less than lam, and tokens equal to the
+    k-th. Foundations of Top-k Decoding, Noarov et al. 2025, the primal rule.
     """
 
     def gain(top: TopSets) -> Tensor:
@@ -123,7 +123,7 @@ def l0_bregman(
     return Map(project, drops=True, low=low)
 
 
-@rule(paper="arXiv:2609.34992")
+@rule(paper="arXiv:2609.34992", wants_cut=True)
 def best_of_k(
     row: Row,
     samples: Tensor = Param(16, low=1, integer=True, sweep=(2, 4, 8, 16, 32, 64)),

@@ -135,7 +135,8 @@ def p_less_norm(row: Row, k: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep=(
     2025.
 
     Differs: n is the number of tokens still alive, in the authors' code the size of the vocabulary, which is the same unless an
-    earlier step cut. On peaked rows over a real vocabulary the rule keeps what ``p_less`` keeps.
+    earlier step cut. At temperature 1 it keeps nearly what ``p_less`` keeps on real rows, on hotter ones
+    more.
     """
     n = row.count
     excess = (n * row.collision - 1).clamp(min=0) / (n - 1).clamp(min=1)
@@ -182,7 +183,7 @@ def top_h(
 
 
 @rule(paper="arXiv:2604.11012")
-def min_k(row: Row, tau: Tensor = Param(3.0, low=0, sweep=(0.0, 3.0, 100.0, 300.0, 1000.0, 3000.0))) -> Tensor:
+def min_k(row: Row, tau: Tensor = Param(3.0, low=0, sweep=(3.0, 100.0, 200.0, 400.0, 1000.0, 3000.0))) -> Tensor:
     """Keep the most probable tokens down to the steepest fall of the logits, weighted by rank, and at least ``tau`` / range.
 
     Kept: the first k of the ranking, k = max(argmax_i (z_i - z_{i+1}) / i, floor(tau / (z_1 - z_n)), 1). Min-k Sampling, 2026.

@@ -315,9 +315,9 @@ def test_pickling() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("minp(0.1)", r"^unknown sampler 'minp'; did you mean min_p\? \(known: .*epsilon, eta, .*xtc\)$"),
-        ("top_q(0.1)", r"^unknown sampler 'top_q'; did you mean top_[pkawh]\? \(known: "),
-        ("zzzz", r"^unknown sampler 'zzzz' \(known: "),
+        ("minp(0.1)", r"^unknown rule 'minp'; did you mean min_p\?$"),
+        ("top_q(0.1)", r"^unknown rule 'top_q'; did you mean top_[pkawh]\?$"),
+        ("zzzz", r"^unknown rule 'zzzz'; known are adaptive_p, .*, xtc$"),
         ("min_p(q=0.1)", r"^min_p has no parameter 'q'; it has p$"),
         ("min_p(0.1, 0.2)", r"^min_p takes at most 1 parameters \(p\), got 2$"),
         ("min_p(0.1, p=0.2)", r"^min_p: p was given twice$"),
@@ -427,7 +427,7 @@ def test_a_long_chain_is_parsed_or_refused() -> None:
         ('{"chain": [["rule"]]}', r"^a chain in JSON is "),
         ('{"chain": [{"rule": 5}]}', r"."),
         ('{"chain": [{"rule": ["min_p"]}]}', r"."),
-        ('{"chain": [{"rule": "minp"}]}', r"^unknown sampler 'minp'; did you mean min_p\?"),
+        ('{"chain": [{"rule": "minp"}]}', r"^unknown rule 'minp'; did you mean min_p\?"),
         ('{"chain": [{"rule": "min_p", "q": 1}]}', r"^min_p has no parameter 'q'; it has p$"),
         ('{"chain": [{"rule": "min_p", "self": 1}]}', r"^min_p has no parameter 'self'; it has p$"),
         ('{"chain": [{"rule": "min_p", "p": NaN}]}', r"^min_p: p must be in .*, got nan$"),
@@ -807,7 +807,8 @@ def test_arguments_need_a_declaration(registry: dict[str, decal.Rule]) -> None:
 
 
 def test_a_body_that_asks_for_the_unknown_fails_when_declared(registry: dict[str, decal.Rule]) -> None:
-    with pytest.raises(AttributeError, match=r"^a row has no statistic 'median'; it has max, min, logz, entropy"):
+    wanted = r"^rule above_median, line \d+: a row has no statistic 'median'; it has max, min, logz, entropy"
+    with pytest.raises(DecalError, match=wanted):
 
         @decal.rule(paper="none")
         def above_median(row: Row) -> Tensor:

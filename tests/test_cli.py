@@ -287,7 +287,7 @@ def assert_refused(result: Result, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["explain", "temperatur(1)"], "unknown sampler 'temperatur'; did you mean temperature?"),
+        (["explain", "temperatur(1)"], "unknown rule 'temperatur'; did you mean temperature?"),
         (["explain", "min_p(q=1)"], "min_p has no parameter 'q'"),
         (["explain", "min_p(2)"], "min_p: p must be in [0, 1]"),
         (["explain", "temperature(-1)"], "temperature: t must be in [0, inf)"),
@@ -437,4 +437,4 @@ def test_a_run_that_fails_half_way_writes_nothing(
 def test_the_installed_command() -> None:
     command = [sys.executable, "-c", "from decal.eval.cli import main; main()", "explain", "epsilom(0.9)"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert_refused(Result(done.returncode, done.stdout, done.stderr), "unknown sampler 'epsilom'; did you mean epsilon?")
+    assert_refused(Result(done.returncode, done.stdout, done.stderr), "unknown rule 'epsilom'; did you mean epsilon?")

@@ -540,3 +540,100 @@ def test_how_many_settings_are_written_out_at_a_time_does_not_matter(
     monkeypatch.setattr(exact, "CELLS", cells)
     again = exact.evaluate(trie, tiny.blocks(logits, 4), chains, exact.Situation(prompt)).answers
     np.testing.assert_allclose(again, usual, rtol=0, atol=1e-12)
+
+
+# ---- what an attack on the numbers found
+
+
+def exact_answers(problem: tuple[TokenTrie, Tensor, list[int], Weights], *texts: str) -> np.ndarray:
+    trie, logits, prompt, weights = problem
+    chains = [decal.parse(text) for text in texts]
+    return exact.evaluate(trie, tiny.blocks(logits, 9), chains, exact.Situation(prompt, weights)).answers
+
+
+@pytest.mark.parametrize(
+    "text", ["repetition_penalty(1.5, form='legacy')", "{} | min_p(0.02)", "top_p(0.99) | {}", "min_p(0) | {}"]
+)
+def test_a_rule_that_sees_the_level_of_the_logits_sees_the_model_s(
+    text: str, problem: tuple[TokenTrie, Tensor, list[int], Weights]
+) -> None:
+    trie, logits, prompt, weights = problem
+    text = text.format("repetition_penalty(1.5, form='legacy')")
+    for shift in (0.0, 7.0):
+        moved = (trie, logits + shift, prompt, weights)
+        expected = replay(trie, logits + shift, decal.parse(text), prompt, None)
+        np.testing.assert_allclose(exact_answers(moved, text)[0], expected, rtol=0, atol=1e-6)
+
+
+def test_a_coin_that_never_falls_changes_nothing(problem: tuple[TokenTrie, Tensor, list[int], Weights]) -> None:
+    texts = [
+        f"{before}xtc(0.05, {p}){after}"
+        for p in (0.0, 1.0)
+        for before in ("", "quadratic(0.2) | ")
+        for after in ("", " | top_k(9)")
+    ]
+    together = exact_answers(problem, *texts, "quadratic(0.2) | xtc(0.05, 0.5)")
+    for text, found in zip(texts, together, strict=False):
+        trie, logits, prompt, _ = problem
+        np.testing.assert_allclose(
+            found, replay(trie, logits, decal.parse(text), prompt, None), rtol=0, atol=1e-9, err_msg=text
+        )
+
+
+@pytest.mark.parametrize("text", ["xtc(0.03, 1) | {}", "{} | xtc(0.03, 1)"])
+@pytest.mark.parametrize("other", ["dry(0.8)", "no_repeat_ngram(2)", "repetition_penalty(1.4)", "mirostat(3, version='1')"])
+def test_a_coin_beside_a_rule_of_the_text(text: str, other: str, problem: tuple[TokenTrie, Tensor, list[int], Weights]) -> None:
+    trie, logits, prompt, _ = problem
+    text = text.format(other)
+    if text.endswith("'1')"):
+        with pytest.raises(decal.DecalError, match="remembers depends on the coins of xtc"):
+            exact_answers(problem, text)
+        return
+    expected = replay(trie, logits, decal.parse(text), prompt, None)
+    np.testing.assert_allclose(exact_answers(problem, text)[0], expected, rtol=0, atol=1e-9)
+
+
+def test_two_coins_are_two(problem: tuple[TokenTrie, Tensor, list[int], Weights]) -> None:
+    """Independent in the evaluator, and in the sampler with equal seeds too."""
+    trie, logits, prompt, _ = problem
+    law = {}
+    for node in range(len(trie)):
+        history = decal.History.of([[*prompt, *trie.path(node)]])
+        z = logits[node : node + 1].double()
+        parts = [
+            0.4 ** (a + b)
+            * 0.6 ** (2 - a - b)
+            * decal.parse(f"xtc(0.05, {a}) | xtc(0.02, {b})")(z, history=history).softmax(-1)
+            for a in (0, 1)
+            for b in (0, 1)
+        ]
+        law[node] = sum(parts)[0].numpy()
+    found = exact_answers(problem, "xtc(0.05, 0.4) | xtc(0.02, 0.4)")[0]
+    np.testing.assert_allclose(found, answers_of(trie, law), rtol=0, atol=1e-9)
+    rows = torch.tensor([[2.0, 1.9, 1.8, 1.7, -3.0]]).expand(4000, -1)
+    history = decal.History.of(torch.zeros(4000, 3, dtype=torch.long))
+    once, twice = (
+        decal.parse(f"xtc(0.1, {p}) | xtc(0.1, 0.5)").mask(rows, history=history)[:, :2].isneginf() for p in (0.0, 0.5)
+    )
+    assert 0.45 < once[:, 0].double().mean() < 0.55
+    assert 0.70 < twice[:, 0].double().mean() < 0.80
+
+
+def test_counts_beyond_integers(problem: tuple[TokenTrie, Tensor, list[int], Weights]) -> None:
+    trie, logits, prompt, _ = problem
+    for text in (
+        "temperature(30) | typical(0.9) | mirostat_k(10)",
+        "typical(0.5) | mirostat_k(900)",
+        f"typical(0.5) | top_k({10**19})",
+    ):
+        expected = replay(trie, logits, decal.parse(text), prompt, None)
+        np.testing.assert_allclose(exact_answers(problem, text)[0], expected, rtol=0, atol=1e-9, err_msg=text)
+
+
+@pytest.mark.parametrize(
+    "text", ["mirostat(2, version='1')", "top_h(0.5, variant='cumulative')", "l0_bregman(0.01, alpha='2')"]
+)
+def test_every_word_of_a_rule_alone(text: str, problem: tuple[TokenTrie, Tensor, list[int], Weights]) -> None:
+    trie, logits, prompt, _ = problem
+    expected = replay(trie, logits, decal.parse(text), prompt, None)
+    np.testing.assert_allclose(exact_answers(problem, text)[0], expected, rtol=0, atol=1e-9)

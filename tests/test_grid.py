@@ -70,7 +70,10 @@ def test_quick_tries_temperature_before_and_after() -> None:
         if name in families(slow=False):
             values = {p: param.sweep[0] for p, param in rule.params.items() if param.sweep}
             own = rule(**values)
-            assert {str(own | decal.temperature(1.4)), str(decal.temperature(1.4) | own)} <= chains, name
+            behind = {str(own | decal.temperature(t)) for t in (grid.MANY if rule.scale else grid.FEW)}
+            before = {str(decal.temperature(t) | own) for t in grid.FEW if t != 1}
+            assert behind <= chains, name
+            assert before <= chains or (rule.scale and not before & chains), name
 
 
 @pytest.mark.parametrize("name", grid.NAMES)
@@ -121,7 +124,7 @@ def test_a_file_that_repeats_itself(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("top_p(0.9)\ntop_pp(0.9)\n", 2, "unknown sampler 'top_pp'; did you mean top_p?"),
+        ("top_p(0.9)\ntop_pp(0.9)\n", 2, "unknown rule 'top_pp'; did you mean top_p?"),
         ("# comment\n\nmin_p({0.1, 2})", 3, "min_p: p must be in [0, 1]"),
         ("min_p(nan)", 1, "min_p: p must be in [0, 1]"),
         ("top_p(0.9) |", 1, "a chain is written rule(value) | rule(value)"),

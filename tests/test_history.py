@@ -28,6 +28,7 @@ from transformers.generation import BaseStreamer
 
 import decal
 from decal import Chain, DecalError, History, parse
+from decal.samplers.context import Weights
 
 FEEDBACK = [
     "temperature(1.3) | mirostat(2.0, 0.5)",
@@ -735,3 +736,48 @@ def test_generation_config_of_transformers_is_as_assumed() -> None:
     """The mode names that `sample` accepts."""
     assert GenerationConfig(do_sample=True).get_generation_mode().value == "sample"
     assert GenerationConfig(do_sample=False).get_generation_mode().value == "greedy_search"
+
+
+# ---- bad input to a chain by hand
+
+
+@pytest.mark.parametrize("rows", [0, -1, True, "a", 1.0])
+def test_init_takes_a_number_of_rows(rows: Any) -> None:
+    with pytest.raises(DecalError, match=f"^init takes a number of rows, at least 1, got {rows!r}$"):
+        decal.mirostat().init(rows)
+
+
+@pytest.mark.parametrize(
+    "tokens", [[1, 2], torch.tensor([1.0, 2.0]), torch.tensor([1, 2, 3]), torch.tensor([1, 50]), torch.tensor([-1, 2])]
+)
+def test_observe_takes_a_token_a_row(tokens: Any) -> None:
+    chain = decal.mirostat()
+    state = chain.init(2)
+    _, seen = chain.apply(torch.randn(2, 50), state)
+    with pytest.raises(
+        DecalError, match=r"^observe: tokens must be 2 token ids in \[0, 50\), as a tensor of shape \(2,\), got "
+    ):
+        chain.observe(state, seen, tokens)
+    column = chain.observe(state, seen, torch.tensor([[1], [2]]))
+    assert torch.equal(column[0]["mu"], chain.observe(state, seen, torch.tensor([1, 2]))[0]["mu"])
+
+
+def test_a_state_for_other_rows_is_refused() -> None:
+    with pytest.raises(DecalError, match=r"^the state is of 2 rows, the logits have 3$"):
+        decal.mirostat().apply(torch.randn(3, 50), decal.mirostat().init(2))
+
+
+def test_a_history_must_be_one() -> None:
+    with pytest.raises(DecalError, match=r"^history must be a History, such as decal.History.of\(input_ids\), got Tensor$"):
+        decal.dry()(torch.randn(1, 50), history=torch.tensor([[1, 2]]))
+    for bad in ([1, 2], "ab", ["ab"]):
+        with pytest.raises(DecalError, match=r"^a history holds a list of token ids for each row"):
+            decal.History.of(bad)
+
+
+def test_a_model_must_be_one() -> None:
+    with pytest.raises(DecalError, match=r"^for_model takes a transformers model, got str$"):
+        decal.top_w().for_model("smollm2")
+    weights = Weights(torch.randn(9, 3), torch.randn(9, 3))
+    with pytest.raises(DecalError, match=r"^the model has 9 output embeddings, the logits 5 tokens$"):
+        decal.Chain(decal.top_w().steps, weights)(torch.randn(1, 5))

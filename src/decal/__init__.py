@@ -27,6 +27,7 @@ from decal.samplers.row import Affine as Affine
 from decal.samplers.row import Band as Band
 from decal.samplers.row import Keep as Keep
 from decal.samplers.row import Map as Map
+from decal.samplers.row import Row as Row
 from decal.samplers.rule import RULES as RULES
 from decal.samplers.rule import Choice as Choice
 from decal.samplers.rule import Feedback as Feedback
@@ -50,3 +51,5 @@ def __dir__() -> list[str]:
 
 
 _load_plugins()  # last, because they import this package
+
+__all__ = [name for name in __dir__() if not name.startswith("_") and name != "samplers"]

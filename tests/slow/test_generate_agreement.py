@@ -16,14 +16,19 @@ from transformers import DynamicCache
 
 import decal
 from decal.eval import models, task
-from decal.eval.exact import Outcome, evaluate
+from decal.eval.exact import Outcome, Situation, evaluate
 from decal.eval.frontier import Evaluation
 from decal.eval.rows import load_or_compute
 from decal.eval.trie import TokenTrie
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
-CHAINS = ("temperature(1.3) | min_p(0.05)", "top_p(0.9) | temperature(1.2)")
+CHAINS = (
+    "temperature(1.3) | min_p(0.05)",
+    "top_p(0.9) | temperature(1.2)",
+    "temperature(1.5) | mirostat(3.0)",
+    "repetition_penalty(1.3) | xtc(0.05) | min_p(0.02)",
+)
 BATCH = 500
 SAMPLES = int(os.environ.get("DECAL_SAMPLES", 20_000)) // BATCH * BATCH
 CONFIDENCE = 0.999
@@ -51,7 +56,7 @@ def asked(loaded: models.LoadedModel) -> tuple[list[int], TokenTrie, Outcome]:
     _, prompt = next(iter(question.prompts(loaded.tokenizer, seed=0)))
     trie, grow = Evaluation(loaded, []).builder.build(question.valid, question.policy)
     trie, rows = load_or_compute(loaded.model, loaded.fingerprint, prompt, trie, question.policy, grow, cache=False)
-    return prompt, trie, evaluate(trie, rows, [decal.parse(chain) for chain in CHAINS])
+    return prompt, trie, evaluate(trie, rows, [decal.parse(chain) for chain in CHAINS], Situation(prompt))
 
 
 def generations(model: Any, prompt: list[int], trie: TokenTrie, chain: decal.Chain) -> Counter[int]:
@@ -59,19 +64,20 @@ def generations(model: Any, prompt: list[int], trie: TokenTrie, chain: decal.Cha
     prompt_cache = DynamicCache()
     with torch.inference_mode():
         model(input_ids=torch.tensor([prompt[:-1]]), past_key_values=prompt_cache, use_cache=True)
-    settings = chain.generate_kwargs(
-        max_new_tokens=max(trie.depth) + 1,
-        eos_token_id=list(trie.ends),
-        pad_token_id=trie.ends[0],
-        return_dict_in_generate=False,
-    )
+    settings = {
+        "max_new_tokens": max(trie.depth) + 1,
+        "eos_token_id": list(trie.ends),
+        "pad_token_id": trie.ends[0],
+        "return_dict_in_generate": False,
+    }
     ids = torch.tensor([prompt] * BATCH)
     found: Counter[int] = Counter()
-    for _ in range(SAMPLES // BATCH):
+    for start in range(0, SAMPLES, BATCH):
+        own = chain.generate_kwargs(requests=range(start, start + BATCH), **settings)  # coins of their own
         cache = copy.deepcopy(prompt_cache)
         cache.batch_repeat_interleave(BATCH)
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **settings)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **own)
         found.update(answer_of(tokens, trie) for tokens in out[:, len(prompt) :].tolist())
     return found
 
