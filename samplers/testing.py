@@ -324,7 +324,7 @@ def renaming_tokens_renames_the_answer(rule: Rule) -> None:
         law, again = trial(z).softmax(-1)[:, order], other(z[:, order]).softmax(-1)
         require(torch.equal(law > 0, again > 0), f"{trial.chain}: renaming tokens changes the kept set")
         require((law - again).abs().max() < 1e-9, f"{trial.chain}: renaming tokens changes the law")
-        context = Context(h, w)
+        context = Context(h, w, toss=1)
         state = trial.chain.init(len(z))
         states = {id(step): s for step, s in zip(trial.chain.steps, state, strict=True)}
         columns = z[:, order].double()

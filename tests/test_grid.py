@@ -70,7 +70,7 @@ def test_quick_tries_temperature_before_and_after() -> None:
         if name in families(slow=False):
             values = {p: param.sweep[0] for p, param in rule.params.items() if param.sweep}
             own = rule(**values)
-            behind = {str(own | decal.temperature(t)) for t in (grid.MANY if rule.scale else grid.FEW)}
+            behind = {str(own | decal.temperature(t)) for t in (grid.MANY if rule.scale else grid.FEW) if t != 1}
             before = {str(decal.temperature(t) | own) for t in grid.FEW if t != 1}
             assert behind <= chains, name
             assert before <= chains or (rule.scale and not before & chains), name
