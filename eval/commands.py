@@ -33,7 +33,9 @@ def cli() -> None:
 @cli.command()
 @click.option("--model", default="smollm2", show_default=True, help="A built-in name, hub id, local folder or GGUF file.")
 @click.option("--task", "tasks", multiple=True, help="A built-in task or a YAML file; may be repeated.")
-@click.option("--grid", "grid_name", default="quick", show_default=True, help="quick, paper, or a file with one chain a line.")
+@click.option(
+    "--grid", "grid_name", default="quick", show_default=True, help="quick, all, paper, or a file with one chain a line."
+)
 @click.option("--floor", default=0.8, show_default=True, help="Validity floor of the headlines, in (0, 1].")
 @click.option(
     "--out", default="decal-frontier", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."

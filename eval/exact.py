@@ -405,7 +405,7 @@ class _Run:
         for first_ in range(0, self.settings, size):
             chosen = every[first_ : first_ + size]
             some = chosen.flatten()
-            prunes = self.g.rules[start].prunes and not self.g.absolute
+            prunes = self.g.rules[start].prunes and not self.g.absolute and not self.g.rules[start].feedback
             few = rows.some(some)
             compact = CompactRow.pruned(few, self._step(start, some)) if prunes else CompactRow.of(few, self.g.absolute)
             which = self.which[first_ : first_ + size] - first_ * self.block.rows

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from decal.kernels.reference import wide
+
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
@@ -26,8 +28,10 @@ def mix(x: Tensor) -> Tensor:
 
 
 def uniform(*keys: Tensor) -> Tensor:
-    """Numbers in [0, 1) with 53 random bits, float64: one for each combination of integer ``keys``, which broadcast."""
+    """Numbers in [0, 1) with 53 random bits, or 24 on devices without float64: one for each combination of integer ``keys``,
+    which broadcast."""
     state = torch.zeros((), dtype=torch.int64, device=keys[0].device)
     for key in keys:
         state = mix(state + key.long() + GOLDEN)
-    return _shift_right(state, 11).double() * 2.0**-53
+    bits = 53 if wide(state.device) == torch.float64 else 24
+    return _shift_right(state, 64 - bits).to(wide(state.device)) * 2.0**-bits

@@ -99,6 +99,9 @@ class Chain:
     def __post_init__(self) -> None:
         if not self.steps:
             raise DecalError("a chain needs at least one step; temperature(1) changes nothing")
+        # A step that stands twice is two steps, each with a memory of its own.
+        twice = [step in self.steps[:place] for place, step in enumerate(self.steps)]
+        object.__setattr__(self, "steps", tuple(replace(s) if t else s for s, t in zip(self.steps, twice, strict=True)))
         sizes = {str(s): s.per_row for s in self.steps if s.per_row is not None}
         if len(set(sizes.values())) > 1:
             given = ", ".join(f"{step} for {size}" for step, size in sizes.items())
@@ -109,6 +112,8 @@ class Chain:
             other = other()
         if not isinstance(other, Chain):
             return NotImplemented
+        if self.weights and other.weights and self.weights is not other.weights:
+            raise DecalError(f"{self} and {other} are for different models; use for_model once, on the whole chain")
         return Chain(self.steps + other.steps, self.weights or other.weights)
 
     def __str__(self) -> str:
@@ -146,7 +151,7 @@ class Chain:
             state: what the chain remembers, for chains that do; see `init`.
             check: raise on rows that no model should produce (NaN, +inf, nothing finite). Without it, which saves a
                 synchronisation on GPUs, NaN counts as dropped, +inf as the largest finite value, and a row with nothing
-                finite comes back as it is.
+                finite comes back empty.
 
         Returns:
             (B, V) in the type of ``logits``.
@@ -176,6 +181,8 @@ class Chain:
         """What the chain remembers before the first token, for so many rows. Raises DecalError unless there is one."""
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise DecalError(f"init takes a number of rows, at least 1, got {rows!r}")
+        if self.per_row not in (None, rows):
+            raise DecalError(f"the chain has parameters for {self.per_row} rows, init is asked for {rows}")
         like = torch.zeros((), dtype=choose().module.wide(torch.device(device)), device=device)
         states = [step.init(like) for step in self.steps]
         return tuple(state and {name: v.expand(rows, 1) for name, v in state.items()} for state in states)
@@ -193,6 +200,7 @@ class Chain:
         new = list(state)
         for number, z_BV in seen.rows.items():
             step, old = self.steps[number], state[number]
+            old = old and {name: v.to(z_BV) for name, v in old.items()}
             logp = z_BV.gather(-1, tokens.to(z_BV.device)[:, None]) - z_BV.logsumexp(-1, keepdim=True)
             assert step.rule.feedback is not None
             assert old is not None
@@ -218,11 +226,12 @@ class Chain:
         for one in self.plan:
             for step in one.steps:
                 if step.rule.feedback:
-                    seen[number[id(step)]] = z_BV
+                    seen[number[id(step)]] = z_BV.masked_fill(dead, -torch.inf)
                 if "chance" in step.rule.needs:
                     # Several coins of a chain are several coins, whatever their seeds.
                     context = replace(context, toss=context.toss + 1)
-            state_of = {id(step): state[number[id(step)]] if state else None for step in one.steps}
+            states = {id(step): state[number[id(step)]] if state else None for step in one.steps}
+            state_of = {key: s and {name: v.to(z_BV) for name, v in s.items()} for key, s in states.items()}
             z_BV = run_pass(one, z_BV, context, state_of)
         return torch.where(dead, -torch.inf, z_BV), Seen(seen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decal.kernels.reference import wide
 from decal.samplers.errors import DecalError
 
 
@@ -51,6 +53,8 @@ class History:
         if not isinstance(tokens, Tensor):
             if not isinstance(tokens, Sequence) or not all(isinstance(t, Sequence) and not isinstance(t, str) for t in tokens):
                 raise DecalError(f"a history holds a list of token ids for each row, such as [[5, 7], [5]], got {tokens!r}")
+            if not all(isinstance(i, numbers.Integral) for t in tokens for i in t):
+                raise DecalError(f"a history holds whole numbers, got {tokens!r}")
             longest = max(map(len, tokens), default=0)
             filled = [[-1] * (longest - len(t)) + [int(i) for i in t] for t in tokens]
             tokens, pad = torch.tensor(filled, dtype=torch.long).reshape(len(filled), longest), -1
@@ -59,11 +63,15 @@ class History:
         rows = len(tokens)
         real = torch.ones_like(tokens, dtype=torch.bool) if pad is None else (tokens != pad).cummax(-1).values
         length = real.sum(-1, keepdim=True)
-        prompt = length if prompt is None else torch.as_tensor(prompt, device=tokens.device).reshape(-1, 1).expand(rows, 1)
+        prompt = length if prompt is None else torch.as_tensor(prompt, device=tokens.device).reshape(-1, 1)
+        if len(prompt) not in (1, rows) or prompt.is_floating_point() or bool((prompt < 0).any()):
+            raise DecalError(
+                f"the prompt's length is one number, or one for each of {rows} rows, got {prompt.flatten().tolist()}"
+            )
         number = torch.arange(rows) if request is None else torch.as_tensor(request)
-        if number.numel() != rows:
-            raise DecalError(f"a history of {rows} rows needs as many request numbers, got {number.numel()}")
-        return cls(tokens, length, prompt, number.to(tokens.device).reshape(-1, 1))
+        if number.numel() != rows or number.is_floating_point():
+            raise DecalError(f"a history of {rows} rows needs as many whole request numbers, got {number.flatten().tolist()}")
+        return cls(tokens, length, prompt.expand(rows, 1), number.to(tokens.device).reshape(-1, 1))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -90,9 +98,9 @@ class History:
 
     def counts(self, vocabulary: int, inside: Tensor) -> Tensor:
         """(B, V) how often each token stands at the places ``inside`` (B, L)."""
-        counts = torch.zeros(len(self), vocabulary, dtype=torch.float64, device=self.tokens.device)
+        counts = torch.zeros(len(self), vocabulary, dtype=wide(self.tokens.device), device=self.tokens.device)
         known = inside & (self.tokens >= 0) & (self.tokens < vocabulary)
-        return counts.scatter_add_(1, self.tokens.clamp(0, vocabulary - 1), known.double())
+        return counts.scatter_add_(1, self.tokens.clamp(0, vocabulary - 1), known.to(counts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +132,7 @@ class Weights:
     def directions(self, rank: int) -> Tensor:
         """(V, rank) output embeddings along their first right singular vectors, scaled to a largest entry of 1."""
         if rank not in self._directions:
-            x = self.head.double()
+            x = self.head.to(wide(self.head.device))
             # The right singular vectors are the eigenvectors of a small matrix.
             vectors = torch.linalg.eigh(x.T @ x).eigenvectors.flip(-1)[:, :rank]
             projected = x @ vectors

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from decal.kernels.reference import wide
 from decal.samplers.context import History
 from decal.samplers.reshaping import towards
 from decal.samplers.row import Band, Keep, Map, Row
@@ -153,12 +154,12 @@ def _match_lengths(
     """
     tokens, inside = history.tokens, history.within(window)
     rows, size = tokens.shape
-    table = torch.full((rows, vocabulary), -1.0, dtype=torch.float64, device=tokens.device)
+    table = torch.full((rows, vocabulary), -1.0, dtype=wide(tokens.device), device=tokens.device)
     if not size:
         return table
     broken = torch.isin(tokens, torch.tensor(breakers, dtype=tokens.dtype, device=tokens.device))
     # Place e stands for a repetition that ends there, and the token at e + 1 would prolong it.
-    reach = torch.zeros(rows, size, dtype=torch.float64, device=tokens.device)
+    reach = torch.zeros(rows, size, dtype=table.dtype, device=tokens.device)
     running = inside & ~broken
     for back in range(size if most is None else min(most, size)):
         earlier = torch.roll(tokens, back, 1) == tokens[:, size - 1 - back, None]

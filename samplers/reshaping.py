@@ -55,7 +55,10 @@ def dynamic_temperature(
     """
     evenness = row.entropy / row.count.log().clamp(min=torch.finfo(row.entropy.dtype).tiny)
     low = (t - spread).clamp(min=0)
-    return Affine(1 / (low + (t + spread - low) * torch.exp(exponent * evenness.clamp(1e-300, 1).log())), torch.zeros_like(t))
+    return Affine(
+        1 / (low + (t + spread - low) * torch.exp(exponent * evenness.clamp(torch.finfo(evenness.dtype).tiny, 1).log())),
+        torch.zeros_like(t),
+    )
 
 
 @rule(paper="arXiv:2403.14541")
@@ -95,7 +98,7 @@ def quadratic(
     top, k, s = row.max, (3 - curve) / 2, (curve - 1) / 2
 
     def smooth(z: Tensor) -> Tensor:
-        d = (z - top).clamp(min=-1e60)  # the cube stays finite
+        d = (z - top).clamp(min=-(torch.finfo(z.dtype).max ** 0.25))  # the cube stays finite
         return top - k * factor * d**2 + s * factor * d**3
 
     return Map(smooth)
@@ -132,7 +135,7 @@ def target_entropy(
 
 def _entropy(z: Tensor) -> Tensor:
     log_p = z.log_softmax(-1)
-    return -(log_p.exp() * log_p.clamp(min=-1e300)).sum(-1, keepdim=True)
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(z.dtype).min)).sum(-1, keepdim=True)
 
 
 @rule(paper="github.com/LostRuins/koboldcpp", side="after")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels import random
-from decal.kernels.statistics import STATISTICS
+from decal.kernels.statistics import MOMENTS, STATISTICS
 from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
 
@@ -80,6 +80,10 @@ class Row(Protocol):
     @property
     def entropy(self) -> Tensor:
         """Shannon entropy, in nats."""
+
+    @property
+    def log_half(self) -> Tensor:
+        """log of the sum of exp(logits / 2)."""
 
     @property
     def collision(self) -> Tensor:
@@ -217,10 +221,9 @@ class BaseRow:
         self.chances.append(probability)
         if self._context.coin is not None:
             return torch.full_like(probability, self._context.coin, dtype=torch.bool)
-        self.reads.add("history")
         history = self.history
-        toss = torch.tensor(self._context.toss, device=history.length.device)
-        return random.uniform(seed, history.request, history.length, toss) < probability
+        request, length = history.request.to(seed.device), history.length.to(seed.device)
+        return random.uniform(seed, request, length, torch.tensor(self._context.toss, device=seed.device)) < probability
 
     # ---- order statistics by looking at top sets of every size
 
@@ -350,8 +353,6 @@ class TopSets(BaseRow):
         return self._top
 
     def _moments(self, names: list[str]) -> Mapping[str, Tensor]:
-        from decal.kernels.statistics import MOMENTS
-
         d = torch.where(self.alive, self.value - self._top, 0.0)
         e = d.exp()
         return {name: self._running(name, torch.where(self.alive, MOMENTS[name](d, e), 0.0)) for name in names}

@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from importlib import import_module
 from importlib.metadata import entry_points
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -111,11 +112,6 @@ class Parameter:
         if not isinstance(value, Tensor):
             return repr(value)
         return repr([int(v) if self.integer and math.isfinite(v) else float(v) for v in value[:, 0].tolist()])
-
-    @property
-    def off_text(self) -> str:
-        """The off value in a table."""
-        return "" if self.off is None else f"{self.off:g}"
 
 
 @dataclass(frozen=True)
@@ -223,9 +219,9 @@ class Feedback(NamedTuple):
     """What a rule remembers of the tokens drawn so far: pure functions of its parameters and of what was drawn.
 
     Attributes:
-        init: ``init(**values) -> {name: (B, 1)}``, before the first token; the body reads it as ``row.state``. update:
-        ``update(state, logp, **values)``, after a token of log-probability ``logp`` (B, 1), in nats, in the row that the
-            rule was given, before it changed anything.
+        init: ``init(**values) -> {name: (B, 1)}``, before the first token; the body reads it as ``row.state``.
+        update: ``update(state, logp, **values)``, after a token of log-probability ``logp`` (B, 1), in nats, in the row that
+            the rule was given, before it changed anything.
     """
 
     init: Callable[..., State]
@@ -524,7 +520,7 @@ def load_plugins() -> None:
     for point in entry_points(group=GROUP):
         before = set(RULES)
         try:
-            point.load()
+            import_module(point.module)
         except Exception as error:
             for name in set(RULES) - before:
                 del RULES[name]

@@ -118,6 +118,8 @@ OTHERS = {name: testing.values(rule, awkward=True) for name, rule in decal.RULES
 def chains(draw: st.DrawFn, rows: int | None = None) -> Chain:
     steps = []
     for name in draw(st.lists(st.sampled_from([*sorted(STEPS) * 2, *OTHERS]), min_size=1, max_size=6)):
+        if "chance" in decal.RULES[name].needs and any("chance" in step.rule.needs for step in steps):
+            continue  # of several coins each is another one, which a chain of one step can't toss
         if name in OTHERS:
             steps += decal.RULES[name](**draw(st.sampled_from(OTHERS[name]))).steps
             continue

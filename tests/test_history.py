@@ -781,3 +781,61 @@ def test_a_model_must_be_one() -> None:
     weights = Weights(torch.randn(9, 3), torch.randn(9, 3))
     with pytest.raises(DecalError, match=r"^the model has 9 output embeddings, the logits 5 tokens$"):
         decal.Chain(decal.top_w().steps, weights)(torch.randn(1, 5))
+
+
+def test_init_is_for_the_rows_of_the_parameters() -> None:
+    chain = decal.mirostat(torch.tensor([[2.0], [3.0]]))
+    with pytest.raises(DecalError, match=r"^the chain has parameters for 2 rows, init is asked for 3$"):
+        chain.init(3)
+
+
+def test_a_step_that_stands_twice_remembers_twice() -> None:
+    step = decal.mirostat(3)
+    once, apart = step | decal.temperature(0.8) | step, parse("mirostat(3) | temperature(0.8) | mirostat(3)")
+    assert once == apart
+    z, states = torch.randn(4, 30, generator=torch.Generator().manual_seed(0)) * 3, []
+    for chain in (once, apart):
+        state = chain.init(4)
+        for _ in range(3):
+            scores, seen = chain.apply(z, state)
+            state = chain.observe(state, seen, scores.argmax(-1))
+        states.append(state)
+    for one, other in zip(*states, strict=True):
+        assert one is other is None or torch.equal(one["mu"], other["mu"])
+    assert not torch.equal(states[0][0]["mu"], states[0][2]["mu"])
+
+
+def test_a_dead_row_is_not_remembered() -> None:
+    chain = decal.mirostat(3)
+    state = chain.init(2)
+    z = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    z[1] = -torch.inf
+    _, seen = chain.apply(z, state, check=False)
+    after = chain.observe(state, seen, torch.tensor([0, 0]))
+    assert after[0]["mu"][0] != state[0]["mu"][0]
+    assert after[0]["mu"][1] == state[0]["mu"][1]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompt": torch.tensor([1, 2, 3])}, "the prompt's length is one number, or one for each of 2 rows"),
+        ({"prompt": -3}, "the prompt's length is one number"),
+        ({"prompt": 0.5}, "the prompt's length is one number"),
+        ({"request": [0.2, 0.5]}, "a history of 2 rows needs as many whole request numbers"),
+        ({"request": [1]}, "a history of 2 rows needs as many whole request numbers"),
+    ],
+)
+def test_what_a_history_is_told(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(DecalError, match=f"^{message}"):
+        History.of([[1, 2], [3]], **kwargs)
+    with pytest.raises(DecalError, match=r"^a history holds whole numbers"):
+        History.of([[1.7, 2]])
+
+
+def test_chains_for_two_models_do_not_mix() -> None:
+    one, other = (Weights(torch.eye(5), torch.eye(5)) for _ in range(2))
+    first, second = Chain(decal.top_w().steps, one), Chain(decal.min_p().steps, other)
+    assert (first | decal.min_p(0.1)).weights is one
+    with pytest.raises(DecalError, match=r"are for different models; use for_model once, on the whole chain$"):
+        first | second
