@@ -57,6 +57,7 @@ class Place:
     Attributes:
         family: its name.
         settings: how many were tried on a task.
+        distinct: how many of them gave different results, on the task where most did.
         reached: on how many tasks a setting reaches the floor.
         score: mean over tasks of the diversity of the most diverse setting that reaches the floor; 0 on a task where none does.
         gain: the score less that of plain temperature; None for that itself and for oracles.
@@ -67,6 +68,7 @@ class Place:
 
     family: str
     settings: int
+    distinct: int
     reached: int
     score: Estimate
     gain: Estimate | None
@@ -159,6 +161,7 @@ def rank(tasks: Sequence[TaskResult], floor: float, *, resamples: int = RESAMPLE
         return Place(
             family=families[i],
             settings=max(len(of[i]) for of in members),
+            distinct=max(distinct(task, of[i]) for task, of in zip(tasks, members, strict=True)),
             reached=sum(int(choice[i] >= 0) for choice in chosen),
             score=_estimate(score[i], scores[:, i]),
             gain=_estimate(score[i] - score[plain], scores[:, i] - scores[:, plain]) if compared else None,
@@ -178,6 +181,12 @@ def rank(tasks: Sequence[TaskResult], floor: float, *, resamples: int = RESAMPLE
         # As for samplers, a floor that isn't reached counts as 0.
         bound=float(np.mean(np.nan_to_num(bounds))) if len(bounds) == len(tasks) else None,
     )
+
+
+def distinct(task: TaskResult, members: np.ndarray) -> int:
+    """How many of the settings ``members`` differ in what they give, to nine digits."""
+    given = np.concatenate([task.validity[members], np.nan_to_num(task.diversity[members], nan=-1.0)], -1)
+    return len(np.unique(given.round(9), axis=0))
 
 
 def weights(prompts: Sequence[int], resamples: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -151,7 +151,7 @@ def _place(place: Place, tasks: int) -> dict[str, str]:
         "held_value": "" if held is None else f"{held.score.value:.3f}",
         "validity": "" if held is None or held.validity is None else f"{held.validity:.2f} (≥ {held.lowest:.2f})",
         "reached": f"{place.reached}/{tasks}",
-        "settings": str(place.settings),
+        "settings": str(place.settings) + (f" ({place.distinct})" if place.distinct < place.settings else ""),
     }
 
 
@@ -162,7 +162,8 @@ def budgets(ranking: Ranking) -> str:
         "temperature": "has a grid of its own",
     }
     unusual = [f"{f} {n}, which {others[f]}" if f in others else f"{f} {n}" for f, n in ranking.unusual_settings.items()]
-    return f"Every sampler had {ranking.usual_settings} settings" + (f", except {'; '.join(unusual)}." if unusual else ".")
+    same = f"Every sampler had {ranking.usual_settings} settings" + (f", except {'; '.join(unusual)}" if unusual else "")
+    return f"{same}; in brackets how many of them differed in what they gave, where that is fewer."
 
 
 def headline(task: TaskResult, floor: float) -> str:

@@ -63,6 +63,22 @@ def chosen_slowly(result: TaskResult, family: str, floor: float, prompts: Sequen
     return None if best is None else best[1]
 
 
+def given(task: TaskResult, family: str) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Validity and diversity on every prompt of each setting of a family."""
+    at = [i for i, name in enumerate(task.family) if name == family]
+    return [(tuple(task.validity[i].round(9)), tuple(task.diversity[i].round(9))) for i in at]
+
+
+def test_settings_that_give_the_same_are_told() -> None:
+    rng = np.random.default_rng(3)
+    task = result_of({"temperature": 3, "a": 6}, 4, rng)
+    task.validity[4:7] = task.validity[3]
+    task.diversity[4:7] = task.diversity[3]
+    found = ranking.rank([task], 0.5, resamples=5).find("a")
+    assert found is not None
+    assert (found.settings, found.distinct) == (6, 3)
+
+
 def test_scores_are_means_over_tasks_of_the_best_settings() -> None:
     rng = np.random.default_rng(1)
     families = {"temperature": 5, "greedy": 1, "a": 20, "b": 20, "c": 3, ORACLES[0]: 4}
@@ -78,6 +94,7 @@ def test_scores_are_means_over_tasks_of_the_best_settings() -> None:
             assert place.score.value == pytest.approx(score[family], abs=1e-12)
             assert place.reached == sum(b is not None for b in best)
             assert place.settings == families[family]
+            assert place.distinct == max(len({(*v, *map(str, d)) for v, d in given(t, family)}) for t in tasks)
             slow = [chosen_slowly(t, family, floor, range(len(t.prompts))) for t in tasks]
             assert [None if b is None else b.setting for b in best] == [
                 None if i is None else t.setting[i] for t, i in zip(tasks, slow, strict=True)
