@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from decal.kernels import mass as integer
+from decal.kernels import random
+from decal.kernels.mass import wide
 from decal.kernels.statistics import MOMENTS
-
-
-def wide(device: torch.device) -> torch.dtype:
-    """The widest float the device has."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def clean(z_BV: Tensor) -> Tensor:
@@ -33,6 +31,20 @@ def moments(z_BV: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: torch.where(kept, MOMENTS[name](d, e), 0.0).sum(-1, keepdim=True) for name in names}
 
 
+def masses(z_BV: Tensor) -> Tensor:
+    """(B, V) integer masses; see `decal.kernels.mass`. Dropped tokens have none."""
+    d = z_BV - z_BV.amax(-1, keepdim=True)
+    if wide(z_BV.device) != torch.float64:
+        return integer.mass(d.cpu().double()).to(z_BV.device)
+    return integer.mass(d)
+
+
+def _crossing(reached: Tensor, share: Tensor) -> Tensor:
+    """(B, 1) first place where the running mass (B, V) reaches a share of the whole."""
+    target = integer.needed(share.to(wide(share.device)), reached[:, -1:])
+    return (reached < target).sum(-1, keepdim=True)
+
+
 def upper(z_BV: Tensor, *, count: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
     """Logit of the last token of the smallest top set that holds ``count`` tokens, or ``mass`` of the probability; (B, 1)."""
     ranked = z_BV.sort(-1, descending=True).values
@@ -41,8 +53,7 @@ def upper(z_BV: Tensor, *, count: Tensor | None = None, mass: Tensor | None = No
         index = count.clamp(1, ranked.shape[-1]).long().expand_as(last) - 1
     else:
         assert mass is not None
-        reached = (ranked - ranked[:, :1]).exp().cumsum(-1)
-        index = (reached < mass * reached.gather(-1, last)).sum(-1, keepdim=True)
+        index = _crossing(masses(ranked).cumsum(-1), mass)
     return ranked.gather(-1, index.minimum(last))
 
 
@@ -53,9 +64,8 @@ def nearest(z_BV: Tensor, center: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]
     """
     distance = torch.where(z_BV.isfinite(), (z_BV - center).abs(), torch.inf)
     ranked, order = distance.sort(-1)
-    reached = (z_BV - z_BV.amax(-1, keepdim=True)).exp().gather(-1, order).cumsum(-1)
     last = (ranked.isfinite().sum(-1, keepdim=True) - 1).clamp(min=0)
-    index = (reached < mass * reached.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
+    index = _crossing(masses(z_BV).gather(-1, order).cumsum(-1), mass).minimum(last)
     inside = distance <= ranked.gather(-1, index)
     low = torch.where(inside, z_BV, torch.inf).amin(-1, keepdim=True)
     high = torch.where(inside, z_BV, -torch.inf).amax(-1, keepdim=True)
@@ -106,3 +116,16 @@ def narrow(z_BV: Tensor, dtype: torch.dtype) -> Tensor:
     peak = z_BV.amax(-1, keepdim=True)
     moved = torch.where(peak.isfinite() & (peak.abs() > top / 2), z_BV - peak, z_BV)
     return torch.where(z_BV.isneginf(), -torch.inf, moved.clamp(min=-top)).to(dtype)
+
+
+def draw(z_BV: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """(B,) tokens drawn from softmax(z), a function of the logits, ``seed`` and ``position``, (B, 1) each.
+
+    A race of exponentials: the token of the largest exp(z) / E wins, E exponentially distributed and a function of seed,
+    position and token id; the first of equals.
+    """
+    d = z_BV - z_BV.amax(-1, keepdim=True)
+    token = torch.arange(z_BV.shape[1], device=z_BV.device)
+    weight = integer.weight(d) if d.dtype == torch.float64 else d.exp()
+    score = torch.where(z_BV.isfinite(), weight, 0.0) / random.exponential(seed, position, token)
+    return (score == score.amax(-1, keepdim=True)).byte().argmax(-1)

@@ -24,6 +24,7 @@ import difflib
 import inspect
 import math
 import numbers
+import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -416,21 +417,30 @@ class Step:
         return self.rule.feedback.init(**self.numbers(like)) if self.rule.feedback else None
 
     def answer(self, row: BaseRow, like: Tensor) -> Band | Affine | Map | Keep:
-        """The body's answer for ``row``, never dropping what must stay: rows switched off are left alone, and a truncation
-        keeps the most probable token. ``like`` gives device and dtype."""
-        values = self.numbers(like)
+        """The body's answer for ``row``, never dropping what must stay; see `settle`. ``like`` gives device and dtype."""
+        return self.settle(row, self.numbers(like))
+
+    def settle(self, row: BaseRow, values: Mapping[str, Any]) -> Band | Affine | Map | Keep:
+        """The body's answer for ``row`` and ``values``: rows switched off are left alone, and a truncation keeps the most
+        probable token."""
         answer = self.rule.body(row, **values)
         switches = [values[name] == p.off for name, p in self.rule.params.items() if p.off is not None]
-        off = reduce(torch.logical_and, map(torch.as_tensor, switches), torch.tensor(bool(switches), device=like.device))
+        off = reduce(operator.and_, switches) if switches else False
+
+        def unless_off(neutral: float | Tensor, value: Tensor) -> Tensor:
+            if isinstance(off, bool):
+                return torch.zeros_like(value) + neutral if off else value
+            return torch.where(off, neutral, value)
+
         if isinstance(answer, Affine):
-            return Affine(torch.where(off, 1.0, answer.scale), torch.where(off, 0.0, answer.shift))
+            return Affine(unless_off(1.0, answer.scale), unless_off(0.0, answer.shift))
         if isinstance(answer, Map):
             low = torch.full_like(row.max, -torch.inf) if answer.low is None else answer.low.minimum(row.max)
-            return answer._replace(fn=lambda z: torch.where(off, z, answer.fn(z)), low=torch.where(off, -torch.inf, low))
+            return answer._replace(fn=lambda z: unless_off(z, answer.fn(z)), low=unless_off(-torch.inf, low))
         if isinstance(answer, Keep):
-            return Keep(lambda z: off | answer.fn(z))
+            return Keep(lambda z: unless_off(torch.ones_like(z, dtype=torch.bool), answer.fn(z)))
         band = answer if isinstance(answer, Band) else Band(answer.minimum(row.max), torch.full_like(answer, torch.inf))
-        return Band(torch.where(off, -torch.inf, band.low), torch.where(off, torch.inf, band.high), band.spared)
+        return Band(unless_off(-torch.inf, band.low), unless_off(torch.inf, band.high), band.spared)
 
     def __str__(self) -> str:
         shown = {name: self.rule.params[name].text(v) for name, v in self.values.items()}

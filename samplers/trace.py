@@ -1,0 +1,153 @@
+"""A chain as a program of `decal.kernels.program`: the bodies of its rules, run once on a row that writes instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from decal.kernels.program import MOMENT_NAMES, Builder, Number, Program, Untraceable
+from decal.kernels.statistics import STATISTICS
+from decal.samplers.row import Affine, Band, BaseRow
+from decal.samplers.rule import Step
+
+
+class Traced(NamedTuple):
+    """A program, and the per-row parameters that it wants as columns: of which step, and by which name."""
+
+    program: Program
+    columns: tuple[tuple[Step, str], ...]
+
+    def parameters(self) -> Tensor | None:
+        """(B, columns) float64, or None if there are none."""
+        columns = [cast(Tensor, step.values[name]).double() for step, name in self.columns]
+        return torch.cat(columns, 1) if columns else None
+
+
+def trace(steps: Sequence[Step]) -> Traced:
+    """The program of ``steps``.
+
+    Raises:
+        Untraceable: a step does what programs can't, and says what.
+    """
+    builder = Builder()
+    columns: list[tuple[Step, str]] = []
+    for step in steps:
+        if step.is_off:
+            continue
+        if step.rule.needs:
+            raise Untraceable(f"{step.rule.name} reads {', '.join(sorted(step.rule.needs))}")
+        values: dict[str, Any] = {}
+        for name, v in step.values.items():
+            if isinstance(v, Tensor):
+                values[name] = builder.parameter()
+                columns.append((step, name))
+            else:
+                values[name] = v if step.rule.params[name].static else builder.number(v)
+        row = SymbolicRow(builder, step.rule.reads)
+        try:
+            answer = step.settle(cast(BaseRow, row), values)
+        except Untraceable as error:
+            raise Untraceable(f"{step.rule.name}: {error}") from None
+        if isinstance(answer, Affine):
+            builder.affine(builder.number(answer.scale), builder.number(answer.shift))
+        elif isinstance(answer, Band) and not answer.spared:
+            builder.band(builder.number(answer.low), builder.number(answer.high))
+        else:
+            raise Untraceable(f"{step.rule.name} looks at single tokens")
+    return Traced(builder.program(), tuple(columns))
+
+
+class _Symbolic(BaseRow):
+    """Statistics whose sums are registers. What isn't in the logits isn't there."""
+
+    def __init__(self, builder: Builder):
+        super().__init__()
+        self._builder = builder
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in STATISTICS:
+            raise Untraceable(f"it uses row.{name}")
+        return super().__getattr__(name)
+
+    def _reference(self) -> Any:
+        return self.max
+
+    @property
+    def max(self) -> Any:
+        return self._builder.peak()
+
+
+def _untraceable(name: str) -> Any:
+    def refuse(self: Any, *_: Any, **__: Any) -> Any:
+        raise Untraceable(f"it uses row.{name}")
+
+    return refuse
+
+
+class SymbolicRow(_Symbolic):
+    """A row that writes what is asked of it. ``reads`` are the names of statistics that the rule is known to ask for, which are
+    summed at once."""
+
+    def __init__(self, builder: Builder, reads: frozenset[str] = frozenset()):
+        super().__init__(builder)
+        self._wanted = {m for name in reads if name in STATISTICS for m in STATISTICS[name].moments}
+
+    def _moments(self, names: list[str]) -> Mapping[str, Any]:
+        if not names:
+            return {}
+        return self._builder.moments(sorted({*names, *(self._wanted - set(self._sums))}))
+
+    @property
+    def min(self) -> Any:
+        return self.smallest_from(cast(Tensor, self._builder.number(-torch.finfo(torch.float64).max)))
+
+    def upper(self, *, count: Any = None, mass: Any = None) -> Any:
+        return self._builder.count_upper(count) if mass is None else self._builder.mass_upper(mass)
+
+    def nearest(self, center: Any, mass: Any) -> Band:
+        number = self._builder.number
+        return Band(*cast(tuple[Tensor, Tensor], self._builder.nearest(number(center), number(mass))))
+
+    def smallest_from(self, level: Tensor) -> Any:
+        return self._builder.smallest(level)
+
+    def longest(self, score: Callable[[Any], Any], *, at_least: Any = None, at_most: Any = None) -> Any:
+        bound, sense = (at_least, 1) if at_most is None else (at_most, -1)
+        return self._builder.search(self._scored(score), self._builder.number(bound), sense)
+
+    def best(self, score: Callable[[Any], Any]) -> Any:
+        return self._builder.search(self._scored(score))
+
+    def _scored(self, score: Callable[[Any], Any]) -> Callable[[int], tuple[Number, Sequence[str]]]:
+        def write(base: int) -> tuple[Number, Sequence[str]]:
+            top = SymbolicTopSet(self._builder, base, self)
+            return self._builder.number(score(top)), sorted(top.read)
+
+        return write
+
+    head = ranked = per_token = is_one_of = chance = _untraceable("anything of single tokens")
+    history = state = weights = property(_untraceable("anything but the logits"))
+
+
+class SymbolicTopSet(_Symbolic):
+    """The registers of a top set; see `decal.samplers.row.TopSets`."""
+
+    def __init__(self, builder: Builder, base: int, row: SymbolicRow):
+        super().__init__(builder)
+        self._base, self._row, self.read = base, row, set[str]()
+        self.value, self.below = Number(builder, base), Number(builder, base + 1)
+
+    def _moments(self, names: list[str]) -> Mapping[str, Any]:
+        self.read.update(names)
+        return {name: Number(self._builder, self._base + 3 + MOMENT_NAMES.index(name)) for name in names}
+
+    @property
+    def mass(self) -> Any:
+        return (self.logz - self._row.logz).exp()
+
+    @property
+    def curvature(self) -> Any:
+        return Number(self._builder, self._base + 2) / self._builder.curvature()
