@@ -1,21 +1,76 @@
-"""Which implementation runs, decided once, with the reason kept for `Chain.explain`."""
+"""Which implementation runs a program, and why, for `Chain.explain`.
+
+On a CPU it is `decal.kernels.cpu`, on a GPU `decal.kernels.gpu`; where what they are written in is missing, and for what can't
+be written as a program, it is plain torch, `decal.kernels.reference`. All keep the same tokens.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
-from decal.kernels import reference
-
 
 class Backend(NamedTuple):
-    """An implementation of the functions of `decal.kernels.reference`, and why it was chosen."""
+    """An implementation that has ``transform`` and ``sample``, or none, and why it was chosen."""
 
     name: str
-    module: ModuleType
+    module: ModuleType | None
     reason: str
 
 
-def choose() -> Backend:
-    """The backend that runs a chain. There is one so far."""
-    return Backend("reference", reference, "plain torch in float64; the compiled CPU and Triton paths are not built yet")
+ASKED_FOR = Backend("reference", None, "plain torch, as asked for")
+
+
+def _known(name: str) -> str:
+    if name not in ("auto", "reference"):
+        raise ValueError(f"the backend is auto or reference, got {name!r}")
+    return name
+
+
+_chosen = [_known(os.environ.get("DECAL_BACKEND", "auto"))]
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within this context ``reference`` runs everything in plain torch; ``auto`` is as usual.
+
+    The environment variable ``DECAL_BACKEND`` does the same for a process.
+    """
+    _chosen.append(_known(name))
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def choose(device: str = "cpu") -> Backend:
+    """The backend for tensors on that type of device."""
+    return ASKED_FOR if _chosen[-1] == "reference" else _best(device)
+
+
+@cache
+def _best(device: str) -> Backend:
+    if device == "cpu":
+        return _compiled("cpu", "numba", "decal.kernels.cpu", "compiled by numba, kept on disk")
+    if device == "cuda":
+        return _compiled("triton", "triton", "decal.kernels.gpu", "Triton kernels")
+    return Backend("reference", None, f"plain torch: there is no compiled path for {device}")
+
+
+def _compiled(name: str, package: str, module: str, reason: str) -> Backend:
+    if find_spec(package) is None:
+        why = f"{package} is not installed"
+    else:
+        try:
+            return Backend(name, import_module(module), reason)
+        except Exception as error:  # a package that is there may be unfit for this Python, this numpy or this machine
+            why = f"{package} could not be used: {error}"
+    warnings.warn(f"decal: chains run in plain torch, which is many times slower, because {why}", RuntimeWarning, stacklevel=4)
+    return Backend("reference", None, f"plain torch: {why}")

@@ -1,9 +1,9 @@
 """What is done to a row of logits, as a short list of instructions that compiled code runs without being compiled again.
 
-A rule is a formula over a few numbers of a row (its largest logit, its entropy, its k-th largest logit), and what it answers is
-a band of logits to keep or an affine map of them. `Builder` records such formulas: it hands out `Number` objects, on which
-arithmetic and the functions of torch write instructions instead of computing. The result, a `Program`, is data: the CPU path and
-the Triton kernels each hold one interpreter for all programs.
+A rule is a formula over a few numbers of a row (its largest logit, its entropy, its k-th largest logit), and what it answers
+is a band of logits to keep or an affine map of them. `Builder` records such formulas: it hands out `Number` objects, on which
+arithmetic and the functions of torch write instructions instead of computing. The result, a `Program`, is data: the CPU path
+and the Triton kernels each hold one interpreter for all programs.
 
 A program works on registers, float64 numbers of one row. It begins with the constants and per-row parameters in place, and with
 the row whole: every logit that is a finite number is *kept*, the *value* of a token is its logit. Instructions are
@@ -81,9 +81,9 @@ class Op(enum.IntEnum):
     SCORE = 44  # ends the instructions that belong to LONGEST and BEST; a = the score
 
 
-# LONGEST: a = the bound, b = 1 or -1 (an integer): every top set up to the answer has b * score >= b * bound, or a score of NaN.
-# BEST: the smallest of several; a NaN is no score. Both: c = the first of TOP_SET registers that hold what is known of a top
-# set, d = number of instructions that belong to it, e = bits of the moments that they read.
+# LONGEST: a = the bound, b = 1 or -1 (an integer): every top set up to the answer has b * score >= b * bound, or a score of
+# NaN. BEST: the smallest of several; a NaN is no score. Both: c = the first of TOP_SET registers that hold what is known of a
+# top set, d = number of instructions that belong to it, e = bits of the moments that they read.
 TOP_SET = 3 + len(MOMENT_NAMES)
 """Registers of a top set: the value of its last token; the next value, or -inf; the running sum of the absolute second
 differences of exp(value - peak) up to the one centred on its last token; its moments, relative to the largest value."""
@@ -175,7 +175,7 @@ class Number:
     def __float__(self) -> NoReturn:
         raise Untraceable("it needs the numbers of a row in Python")
 
-    __int__ = __index__ = __iter__ = __len__ = __getitem__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __iter__ = __len__ = __getitem__ = __float__
 
     def __getattr__(self, name: str) -> Any:
         raise Untraceable(f"it uses Tensor.{name}")
@@ -378,11 +378,12 @@ class Builder:
         return Program(code, self._registers, tuple(self._constants.values()), tuple(self._columns))
 
     def number(self, value: Any) -> Number:
-        """``value`` as a number: one already, a Python number, or a tensor of one element."""
+        """``value`` as a number: one already, or a Python number."""
         if isinstance(value, Number):
             return value
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise Untraceable("it mixes the numbers of a row with a tensor")
+        if isinstance(value, Tensor):
+            # Who knows what it depends on: it would be the same in every run.
+            raise Untraceable("it brings a tensor of its own")
         return Number(self, None, torch.as_tensor(value, dtype=torch.float64).reshape(()))
 
     def parameter(self) -> Number:

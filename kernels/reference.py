@@ -14,7 +14,7 @@ from torch import Tensor
 from decal.kernels import mass as integer
 from decal.kernels import random
 from decal.kernels.mass import wide
-from decal.kernels.statistics import MOMENTS
+from decal.kernels.statistics import INEXACT, SCALED, exp, term
 
 
 def clean(z_BV: Tensor) -> Tensor:
@@ -24,11 +24,28 @@ def clean(z_BV: Tensor) -> Tensor:
 
 
 def moments(z_BV: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    """Sums over the kept tokens, relative to the largest logit; each (B, 1)."""
+    """Sums over the kept tokens, relative to the largest logit; each (B, 1).
+
+    All but `INEXACT` are exact; see `decal.kernels.mass.limbs`.
+    """
     kept = z_BV.isfinite()
     d = torch.where(kept, z_BV - z_BV.amax(-1, keepdim=True), 0.0)
-    e = d.exp()
-    return {name: torch.where(kept, MOMENTS[name](d, e), 0.0).sum(-1, keepdim=True) for name in names}
+    if d.dtype != torch.float64:
+        return {name: torch.where(kept, term(name, d, d.exp()), 0.0).sum(-1, keepdim=True) for name in names}
+    e = exp(d)
+    return {name: _sum(name, d, e, kept) for name in names}
+
+
+def _sum(name: str, d: Tensor, e: Tensor, kept: Tensor) -> Tensor:
+    # Terms that may be large are scaled by a power of two.
+    power = SCALED.get(name, 0)
+    exponent = power * torch.frexp(d.amin(-1, keepdim=True))[1]
+    if power:
+        d = torch.ldexp(d, -exponent // power)
+    if name == INEXACT:
+        return torch.where(kept, term(name, d, e), 0.0).sum(-1, keepdim=True)
+    high, low = integer.limbs(torch.where(kept, term(name, d, e), 0.0))
+    return torch.ldexp(integer.joined(high.sum(-1, keepdim=True), low.sum(-1, keepdim=True)), exponent)
 
 
 def masses(z_BV: Tensor) -> Tensor:
@@ -126,6 +143,5 @@ def draw(z_BV: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """
     d = z_BV - z_BV.amax(-1, keepdim=True)
     token = torch.arange(z_BV.shape[1], device=z_BV.device)
-    weight = integer.weight(d) if d.dtype == torch.float64 else d.exp()
-    score = torch.where(z_BV.isfinite(), weight, 0.0) / random.exponential(seed, position, token)
+    score = torch.where(z_BV.isfinite(), exp(d), 0.0) / random.exponential(seed, position, token)
     return (score == score.amax(-1, keepdim=True)).byte().argmax(-1)

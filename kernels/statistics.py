@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from decal.kernels.mass import weight
+
 Moments = Mapping[str, Tensor]
 
 MOMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -26,6 +28,28 @@ MOMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "b": lambda d, e: d * d,
 }
 """Summand of each moment, as a function of ``d = z - r`` and ``e = exp(d)`` of one kept token."""
+
+SCALED = {"a": 1, "b": 2}
+"""Moments whose terms have no bound, and the power of ``d`` that they are."""
+INEXACT = "t"
+"""The moment whose terms are summed as floats: all have one sign, and it matters how small they are together. Where one token
+has nearly all of the probability, it is the entropy."""
+
+
+FARTHEST = -700.0
+"""Nothing weighs anything below this ``d``, but what has no weight, times a ``d`` without bound, might."""
+
+
+def exp(d: Tensor) -> Tensor:
+    """exp(d) of ``d <= 0`` as masses have it, or as the device does where it lacks float64."""
+    return weight(d) if d.dtype == torch.float64 else d.exp()
+
+
+def term(name: str, d: Tensor, e: Tensor) -> Tensor:
+    """Summand of a moment of tokens that lie ``d <= 0`` below the reference level, ``e = exp(d)``."""
+    if name == "h":
+        return exp(0.5 * d)
+    return MOMENTS[name](d.clamp(min=FARTHEST) if name == "t" else d, e)
 
 
 @dataclass(frozen=True)

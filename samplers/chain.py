@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 import torch
 from torch import Tensor
 
+from decal.kernels import reference
 from decal.kernels.dispatch import choose
+from decal.kernels.mass import wide
+from decal.kernels.program import Untraceable
 from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Affine, Band, DenseRow, Keep, Map
 from decal.samplers.rule import Rule, Step, find
+from decal.samplers.trace import Traced, trace
 
 if TYPE_CHECKING:
     from decal.samplers.processor import ChainProcessor
@@ -47,6 +51,11 @@ class Pass:
     def steps(self) -> list[Step]:
         """All of them, in order."""
         return [*self.read, *self.cut, *self.write]
+
+    @property
+    def names(self) -> str:
+        """Of its rules."""
+        return ", ".join(step.rule.name for step in self.steps)
 
     def refuses(self, step: Step) -> str | None:
         """Why ``step`` can't join this pass, or None if it can."""
@@ -77,6 +86,13 @@ class Pass:
             self.write.append(step)
         else:
             self.read.append(step)
+
+
+class Untraced(NamedTuple):
+    """A pass that only torch can do, and why."""
+
+    passed: Pass
+    reason: str
 
 
 class Seen(NamedTuple):
@@ -128,7 +144,7 @@ class Chain:
     def __hash__(self) -> int:
         return hash(str(self))
 
-    @property
+    @cached_property
     def per_row(self) -> int | None:
         """Number of rows its parameters are given for, or None if every row has the same."""
         return next((s.per_row for s in self.steps if s.per_row is not None), None)
@@ -160,7 +176,7 @@ class Chain:
             DecalError: wrong shape or type, bad values, per-row parameters or a history for another number of rows, or
                 something missing that the chain reads.
         """
-        return self._masked(logits, self._run(logits, check, history, state)[0])
+        return self._processed(logits, check, history, state, mask=True)[0]
 
     def __call__(
         self, logits: Tensor, *, history: History | None = None, state: State | None = None, check: bool = True
@@ -172,10 +188,55 @@ class Chain:
         self, logits: Tensor, state: State | None = None, *, history: History | None = None, check: bool = True
     ) -> tuple[Tensor, Seen]:
         """What a call gives, and what `observe` wants to know once the tokens are drawn. Arguments as in `mask`."""
-        processed, seen = self._run(logits, check, history, state)
-        if all(s.rule.kind in ("truncation", "band", "selection") or s.is_off for s in self.steps):
-            return self._masked(logits, processed), seen
-        return choose().module.narrow(processed, logits.dtype), seen
+        return self._processed(logits, check, history, state)
+
+    def sample(
+        self,
+        logits: Tensor,
+        seeds: Tensor | Sequence[int] | int,
+        positions: Tensor | Sequence[int] | int,
+        *,
+        history: History | None = None,
+        state: State | None = None,
+        check: bool = True,
+    ) -> Tensor:
+        """Tokens drawn from what the chain makes of the logits: (B,) int64.
+
+        A row's token is a function of its logits, its seed and its position alone: the same in any batch, at any place in it.
+        It is the winner of a race of exponentials, each a function of seed, position and token id with 52 random bits, so that
+        also tokens of probability 1e-15 are drawn as often as they should be.
+
+        Args:
+            logits, history, state, check: as in `mask`; with ``check=False`` a row with nothing finite draws token 0.
+            seeds: whole numbers below 2**63, one for each row or one for all: what tells requests apart.
+            positions: places in the text, likewise.
+
+        Raises:
+            DecalError: as `mask`; or seeds or positions are something else.
+        """
+        return self.draw(logits, seeds, positions, state, history=history, check=check)[0]
+
+    def draw(
+        self,
+        logits: Tensor,
+        seeds: Tensor | Sequence[int] | int,
+        positions: Tensor | Sequence[int] | int,
+        state: State | None = None,
+        *,
+        history: History | None = None,
+        check: bool = True,
+    ) -> tuple[Tensor, Seen]:
+        """What `sample` gives, and what `observe` wants to know of the step. Arguments as in `sample`."""
+        self._admit(logits, history, state)
+        seeds, positions = (_per_row(n, v, logits) for n, v in (("seeds", seeds), ("positions", positions)))
+        whole, backend = self._whole(logits)
+        if whole is not None:
+            tokens, flags = backend.sample(whole.program, logits, seeds, positions, whole.parameters(), careful=check)
+            self._check(logits, check, flags)
+            return tokens, Seen({})
+        self._check(logits, check)
+        z_BV, seen = self._run(logits, history, state)
+        return reference.draw(z_BV, seeds[:, None], positions[:, None]), seen
 
     def init(self, rows: int, *, device: torch.device | str = "cpu") -> State:
         """What the chain remembers before the first token, for so many rows. Raises DecalError unless there is one."""
@@ -183,7 +244,7 @@ class Chain:
             raise DecalError(f"init takes a number of rows, at least 1, got {rows!r}")
         if self.per_row not in (None, rows):
             raise DecalError(f"the chain has parameters for {self.per_row} rows, init is asked for {rows}")
-        like = torch.zeros((), dtype=choose().module.wide(torch.device(device)), device=device)
+        like = torch.zeros((), dtype=wide(torch.device(device)), device=device)
         states = [step.init(like) for step in self.steps]
         return tuple(state and {name: v.expand(rows, 1) for name, v in state.items()} for state in states)
 
@@ -208,22 +269,77 @@ class Chain:
             new[number] = {name: torch.where(logp.isfinite(), updated[name], old[name]) for name in old}
         return tuple(new)
 
-    @staticmethod
-    def _masked(logits: Tensor, processed: Tensor) -> Tensor:
-        return logits.masked_fill(processed.isneginf(), -torch.inf)
-
-    def _run(
-        self, logits: Tensor, check: bool, history: History | None = None, state: State | None = None
+    def _processed(
+        self, logits: Tensor, check: bool, history: History | None, state: State | None, mask: bool = False
     ) -> tuple[Tensor, Seen]:
-        self._admit(logits, check, history, state)
-        backend = choose().module
+        self._admit(logits, history, state)
+        mask = mask or self.only_cuts
+        whole, backend = self._whole(logits)
+        if whole is not None:
+            processed, flags = backend.transform(whole.program, logits, whole.parameters(), mask=mask, careful=check)
+            self._check(logits, check, flags)
+            return processed, Seen({})
+        self._check(logits, check)
+        z_BV, seen = self._run(logits, history, state)
+        if mask:
+            return logits.masked_fill(z_BV.isneginf(), -torch.inf), seen
+        return reference.narrow(z_BV, logits.dtype), seen
+
+    def _whole(self, logits: Tensor) -> tuple[Traced | None, Any]:
+        """The chain as one program, and the module that can run it on ``logits``; None if there is none."""
+        backend = choose(logits.device.type).module
+        if backend is None or not self._traceable or (logits.requires_grad and torch.is_grad_enabled()):
+            return None, None
+        return cast(Traced, self.segments[0]), backend
+
+    @cached_property
+    def only_cuts(self) -> bool:
+        """Whether kept logits stay as they are."""
+        return all(s.rule.kind in ("truncation", "band", "selection") or s.is_off for s in self.steps)
+
+    @cached_property
+    def _traceable(self) -> bool:
+        return len(self.segments) == 1 and isinstance(self.segments[0], Traced)
+
+    @cached_property
+    def segments(self) -> tuple[Traced | Untraced, ...]:
+        """The plan as programs, which compiled code runs, and the passes between them that only torch can do."""
+        found: list[Traced | Untraced] = []
+        steps: list[Step] = []
+
+        def close() -> None:
+            if steps or not found:
+                found.append(trace(steps))
+            steps.clear()
+
+        for one in self.plan:
+            try:
+                trace(one.steps)
+            except Untraceable as error:
+                if steps:
+                    close()
+                found.append(Untraced(one, str(error)))
+            else:
+                steps += one.steps
+        if steps or not found:
+            close()
+        return tuple(found)
+
+    def _run(self, logits: Tensor, history: History | None, state: State | None) -> tuple[Tensor, Seen]:
+        """The chain in wide floats, -inf where dropped, pass by pass."""
         context = Context(history, self.weights)
         number = {id(step): i for i, step in enumerate(self.steps)}
-        z_BV, seen = backend.clean(logits), {}
+        z_BV, seen = reference.clean(logits), {}
         # A row with nothing finite is none of the rules' business.
         dead = ~z_BV.isfinite().any(-1, keepdim=True)
         z_BV = torch.where(dead, 0.0, z_BV)
-        for one in self.plan:
+        compiled = choose(logits.device.type).module
+        plain = compiled is None or (logits.requires_grad and torch.is_grad_enabled())
+        for part in self.plan if plain else self.segments:
+            if isinstance(part, Traced):
+                z_BV = cast(Any, compiled).transform(part.program, z_BV, part.parameters())[0]
+                continue
+            one = part.passed if isinstance(part, Untraced) else part
             for step in one.steps:
                 if step.rule.feedback:
                     seen[number[id(step)]] = z_BV.masked_fill(dead, -torch.inf)
@@ -235,7 +351,7 @@ class Chain:
             z_BV = run_pass(one, z_BV, context, state_of)
         return torch.where(dead, -torch.inf, z_BV), Seen(seen)
 
-    def _admit(self, logits: Tensor, check: bool, history: History | None, state: State | None) -> None:
+    def _admit(self, logits: Tensor, history: History | None, state: State | None) -> None:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or 0 in logits.shape:
             got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise DecalError(f"logits must be a floating-point tensor of shape (B, V), got {got}")
@@ -252,7 +368,11 @@ class Chain:
             raise DecalError(f"the state is of {min(sizes)} rows, the logits have {len(logits)}")
         if self.weights is not None and len(self.weights.head) != logits.shape[1]:
             raise DecalError(f"the model has {len(self.weights.head)} output embeddings, the logits {logits.shape[1]} tokens")
-        if not check:
+
+    @staticmethod
+    def _check(logits: Tensor, check: bool, flags: Any = None) -> None:
+        """Raise on rows that no model should produce. ``flags`` tell which are, if they are known."""
+        if not check or (flags is not None and not flags.any()):
             return
         bad = logits.isnan() | logits.isposinf()
         if bad.any():
@@ -289,6 +409,12 @@ class Chain:
         lines += [f"  off: {step}" for step in self.steps if step.is_off]
         lines += [f"  {note}" for note in notes(self)]
         lines.append(f"  backend: {backend.name} ({backend.reason})")
+        if backend.module is not None:
+            lines += [
+                f"    but plain torch for {one.passed.names}: {one.reason}"
+                for one in self.segments
+                if isinstance(one, Untraced)
+            ]
         print("\n".join(lines), file=file or sys.stdout)
 
     def to_json(self) -> str:
@@ -297,7 +423,11 @@ class Chain:
         return json.dumps({"chain": steps}, allow_nan=False)
 
     def processor(
-        self, pad_token_id: int | None = None, requests: Tensor | Sequence[int] | None = None, beams: int = 1
+        self,
+        pad_token_id: int | None = None,
+        requests: Tensor | Sequence[int] | None = None,
+        beams: int = 1,
+        seeds: Tensor | Sequence[int] | None = None,
     ) -> ChainProcessor:
         """The chain as a transformers ``LogitsProcessor``. Needs transformers.
 
@@ -309,16 +439,22 @@ class Chain:
             requests: request numbers for random choices, one per request; by default the places in the batch. The same number
                 gives the same choices in any batch.
             beams: beams per request; they share its random choices.
+            seeds: one per request: the processor draws the tokens itself, see `generate_kwargs`.
 
         Raises:
             DecalError: the chain reads a model's embeddings and has none; see `for_model`.
         """
         from decal.samplers.processor import ChainProcessor
 
-        return ChainProcessor(self, pad_token_id, requests, beams)
+        return ChainProcessor(self, pad_token_id, requests, beams, seeds)
 
     def generate_kwargs(
-        self, *, requests: Tensor | Sequence[int] | None = None, direct: bool = False, **kwargs: Any
+        self,
+        *,
+        requests: Tensor | Sequence[int] | None = None,
+        direct: bool = False,
+        seeds: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Arguments for ``model.generate`` under which this chain alone decides the distribution.
 
@@ -331,6 +467,11 @@ class Chain:
             direct: run the sampling loop through the chain: rules with feedback are told of each token as soon as it is drawn,
                 not when the next one is due, and nothing is stored by the tokens of a text. The tokens are the same. It can't
                 go with beams or assistants, and a text that is taken up again begins afresh.
+            seeds: one whole number per request. Tokens are then drawn by `sample`, whatever torch's generator is, from the seed
+                of the request and the length of its text: a request gives the same text alone and in any batch, up to what its
+                logits themselves owe to the batch (models round differently for other batch sizes). Say ``pad_token_id`` where
+                the batch is padded. Scores that ``generate`` returns are 0 for the token drawn and -inf for others;
+                ``output_logits=True`` has the model's. Can't go with beams.
             kwargs: added as they are (``max_new_tokens=20``).
 
         Raises:
@@ -339,7 +480,7 @@ class Chain:
         """
         from decal.samplers.generate import generate_kwargs
 
-        return generate_kwargs(self, kwargs, requests, direct)
+        return generate_kwargs(self, kwargs, requests, direct, seeds)
 
 
 def run_pass(
@@ -350,11 +491,10 @@ def run_pass(
     tokens: Tensor | None = None,
 ) -> Tensor:
     """One pass over logits in wide floats. ``state_of`` is by id of the step; ``tokens`` as in `DenseRow`."""
-    backend = choose().module
     for step in one.read:
-        z_BV = transform(z_BV, step.answer(DenseRow(z_BV, backend, context, None, tokens), z_BV))
+        z_BV = transform(z_BV, step.answer(DenseRow(z_BV, reference, context, None, tokens), z_BV))
     # A step with a memory has the pass to itself.
-    row = DenseRow(z_BV, backend, context, next(filter(None, map(state_of.get, map(id, one.steps))), None), tokens)
+    row = DenseRow(z_BV, reference, context, next(filter(None, map(state_of.get, map(id, one.steps))), None), tokens)
     if len(one.cut) == 1:
         z_BV = transform(z_BV, one.cut[0].answer(row, z_BV), row)
     elif one.cut:
@@ -368,14 +508,13 @@ def run_pass(
 
 def transform(z_BV: Tensor, answer: Band | Affine | Map | Keep, row: DenseRow | None = None) -> Tensor:
     """What a step's answer makes of logits in wide floats; ``row`` is needed where a band spares tokens."""
-    backend = choose().module
     if isinstance(answer, Affine):
-        return backend.affine(z_BV, *answer)
+        return reference.affine(z_BV, *answer)
     if isinstance(answer, Map):
-        return backend.remap(z_BV, answer.fn)
+        return reference.remap(z_BV, answer.fn)
     if isinstance(answer, Keep):
-        return backend.keep(z_BV, answer.fn(z_BV))
-    kept = backend.keep_between(z_BV, answer.low, answer.high)
+        return reference.keep(z_BV, answer.fn(z_BV))
+    kept = reference.keep_between(z_BV, answer.low, answer.high)
     if answer.spared:
         assert row is not None
         return torch.where(row.is_one_of(answer.spared), z_BV, kept)
@@ -430,6 +569,19 @@ def _admit_tokens(tokens: Any, rows: int, vocabulary: int) -> Tensor:
     if tokens.device.type == "cpu" and not bool(((tokens >= 0) & (tokens < vocabulary)).all()):  # elsewhere it would wait
         raise DecalError(f"{wanted}, got {tokens.flatten().tolist()}")
     return tokens.reshape(rows).long()
+
+
+def _per_row(name: str, value: Any, logits: Tensor) -> Tensor:
+    """``value`` as (B,) int64. Raises DecalError."""
+    rows = len(logits)
+    wanted = f"{name} must be a whole number, or {rows} of them, one for each row"
+    try:
+        numbers = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise DecalError(f"{wanted}, below 2**63, got {value!r}") from None
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool or numbers.numel() not in (1, rows):
+        raise DecalError(f"{wanted}, got {value!r}")
+    return numbers.to(logits.device, torch.int64).reshape(-1).expand(rows)
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from transformers.generation import StopStringCriteria
 
 from decal.samplers.chain import Chain, Seen, State
 from decal.samplers.errors import DecalError
-from decal.samplers.processor import ChainProcessor
+from decal.samplers.processor import ChainProcessor, leading, padding
 
 NEUTRAL: dict[str, Any] = {
     "temperature": 1.0,
@@ -38,13 +38,19 @@ ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_ex
 """Arguments of ``generate`` that ask for assisted decoding."""
 
 
-def generate_kwargs(chain: Chain, kwargs: dict[str, Any], requests: Any = None, direct: bool = False) -> dict[str, Any]:
+def generate_kwargs(
+    chain: Chain, kwargs: dict[str, Any], requests: Any = None, direct: bool = False, seeds: Any = None
+) -> dict[str, Any]:
     """See `Chain.generate_kwargs`."""
     beside = sorted((set(kwargs) & set(NEUTRAL)) | ({"generation_config"} & set(kwargs)))
     if beside:
         raise DecalError(f"generate_kwargs: {', '.join(beside)} would act beside the chain {chain}; put it into the chain")
     beams = kwargs["num_beams"] = kwargs.get("num_beams") or 1
-    processor = chain.processor(kwargs.get("pad_token_id"), requests, beams)
+    if seeds is not None and beams > 1:
+        raise DecalError(
+            "generate_kwargs: seeds draw one token for each row, and beams want the scores of all; leave one of them out"
+        )
+    processor = chain.processor(kwargs.get("pad_token_id"), requests, beams, seeds)
     processors = [*(kwargs.pop("logits_processor", None) or []), processor]
     known = GenerationConfig()
     neutral = {name: value for name, value in NEUTRAL.items() if hasattr(known, name)}
@@ -129,12 +135,10 @@ class Generation(LogitsProcessor):
 
     def _leading(self, input_ids: Tensor) -> Tensor:
         """(B, 1) how many tokens of padding stand at the left."""
-        real, pad = torch.ones_like(input_ids, dtype=torch.bool), self._processor.pad_token_id
-        if pad is not None:
-            real = input_ids != pad
-        elif self._mask is not None and self._mask.shape == input_ids.shape:
-            real = self._mask.to(input_ids.device) > 0
-        return (real.cumsum(-1) == 0).sum(-1, keepdim=True)
+        pad, mask = self._processor.pad_token_id, self._mask
+        if pad is None and mask is not None and mask.shape == input_ids.shape:
+            return leading(mask.to(input_ids.device) > 0)
+        return padding(input_ids, pad)
 
 
 class Watch(StoppingCriteria):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from decal.kernels import random
 from decal.samplers.chain import Chain, Seen, State
 from decal.samplers.context import History
 from decal.samplers.errors import DecalError
@@ -26,12 +27,14 @@ class Rows(NamedTuple):
         request: (B, 1) request numbers, for random choices.
         group: of each row, those that ``generate`` may swap with one another.
         origin: of each row, what besides the tokens its text depends on: its parameters and request.
+        seed: (B,) seeds of its draws, if the processor draws.
     """
 
     chain: Chain
     request: Tensor
     group: list[int]
     origin: list[bytes]
+    seed: Tensor | None
 
 
 class ChainProcessor(LogitsProcessor):
@@ -58,28 +61,38 @@ class ChainProcessor(LogitsProcessor):
             whatever else is in the batch. Further sequences of a request get numbers of their own. By default the places in the
             batch.
         beams: how many beams a request has; they share its random choices.
+        seeds: one per request. The processor then draws: scores are 0 for the token drawn and -inf for the others. Further
+            sequences of a request get seeds of their own. They are the request numbers too, unless those are given.
     """
 
     def __init__(
-        self, chain: Chain, pad_token_id: int | None = None, requests: Tensor | Sequence[int] | None = None, beams: int = 1
+        self,
+        chain: Chain,
+        pad_token_id: int | None = None,
+        requests: Tensor | Sequence[int] | None = None,
+        beams: int = 1,
+        seeds: Tensor | Sequence[int] | None = None,
     ):
         if "model" in chain.needs and chain.weights is None:
             raise DecalError(f"the chain {chain} reads the model's embeddings: use chain.for_model(model)")
-        if requests is not None:
-            requests = torch.as_tensor(requests).cpu()
-            if requests.dim() != 1 or not len(requests) or requests.is_floating_point() or requests.is_complex():
-                raise DecalError(f"requests must be a list of whole numbers, one per request, got {requests.tolist()}")
-        self.chain, self.pad_token_id, self.requests, self.beams = chain, pad_token_id, requests, beams
+        self.seeds = None if seeds is None else _numbers("seeds", seeds)
+        self.requests = self.seeds if requests is None else _numbers("requests", requests)
+        if self.seeds is not None and self.requests is not None and len(self.seeds) != len(self.requests):
+            raise DecalError(f"there are {len(self.requests)} requests, and seeds for {len(self.seeds)}")
+        self.chain, self.pad_token_id, self.beams = chain, pad_token_id, beams
         self.remembers = bool(chain.needs - {"model"})
         # There a processor sees the current token alone, and rows come and go.
-        self.supports_continuous_batching = chain.per_row is None and not self.remembers
+        self.supports_continuous_batching = chain.per_row is None and not self.remembers and seeds is None
         self.memory = Memory()
         self._spread: dict[int, Rows] = {}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = self.rows(len(scores))
         if not self.remembers:
-            return rows.chain(scores, check=False)
+            if rows.seed is None:
+                return rows.chain(scores, check=False)
+            real = input_ids.shape[1] - padding(input_ids, self.pad_token_id)
+            return self.apply(rows, input_ids, scores, real, real, ())[0]
         length, before, after = _keys(input_ids, self.pad_token_id, rows.origin)
         # Where no token is real there is no last one, so that generation can only be at its start.
         found = [self.memory.find(g, key) if n else None for n, g, key in zip(length, rows.group, before, strict=True)]
@@ -94,7 +107,12 @@ class ChainProcessor(LogitsProcessor):
     ) -> tuple[Tensor, Seen]:
         """The processed scores, and what `Chain.observe` wants to know of the step."""
         history = History(input_ids, length, prompt, rows.request.to(input_ids.device))
-        scores, seen = rows.chain.apply(scores, state, history=history, check=False)
+        given = state or None  # a chain without memory has none
+        if rows.seed is None:
+            scores, seen = rows.chain.apply(scores, given, history=history, check=False)
+        else:
+            tokens, seen = rows.chain.draw(scores, rows.seed, length[:, 0], given, history=history, check=False)
+            scores = torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
         return scores, Seen({number: z_BV.detach() for number, z_BV in seen.rows.items()})
 
     def rows(self, count: int) -> Rows:
@@ -110,17 +128,23 @@ class ChainProcessor(LogitsProcessor):
                 raise DecalError(f"the chain has parameters for {chain.per_row} rows, the logits have {count}")
             chain = _repeat(chain, count // chain.per_row)
         request = group = place // self.beams
+        seed = None
         apart = [v.double().cpu() for step in chain.steps for v in step.values.values() if isinstance(v, Tensor)]
         if self.requests is not None:
             if count % len(self.requests):
                 raise DecalError(f"the processor has numbers of {len(self.requests)} requests, the scores have {count} rows")
             copies = count // len(self.requests)
-            number = self.requests.long().repeat_interleave(copies)
+            number = self.requests.repeat_interleave(copies)
+            copy = place % copies // self.beams
             # No two texts share a number as long as the given ones are below 2**32.
-            request = number + (place % copies // self.beams << 32)
+            request = number + (copy << 32)
             apart.append(number)
+            if self.seeds is not None:
+                own = self.seeds.repeat_interleave(copies)
+                seed = torch.where(copy == 0, own, random.hashed(own, copy))
+                apart.append(own)
         origin = [b"".join(values[row].numpy().tobytes() for values in apart) for row in range(count)]
-        return Rows(chain, request[:, None], group.tolist(), origin)
+        return Rows(chain, request[:, None], group.tolist(), origin, seed)
 
     def __repr__(self) -> str:
         return f"ChainProcessor({self.chain})"
@@ -222,6 +246,28 @@ def _gather(places: list[Place], parts: list[Tensor], device: torch.device) -> T
     if any(part is not parts[0] for part in parts):
         return torch.cat([part[row, None].to(device) for part, row in zip(parts, rows, strict=True)])
     return (parts[0] if rows == list(range(len(parts[0]))) else parts[0][rows]).to(device)
+
+
+def _numbers(name: str, given: Tensor | Sequence[int]) -> Tensor:
+    """``given`` as (requests,) int64. Raises DecalError."""
+    try:
+        numbers = torch.as_tensor(given).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise DecalError(f"{name} must be a list of whole numbers below 2**63, one per request, got {given!r}") from None
+    kind = numbers.dtype
+    if numbers.dim() != 1 or not len(numbers) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise DecalError(f"{name} must be a list of whole numbers, one per request, got {given!r}")
+    return numbers.long()
+
+
+def leading(real: Tensor) -> Tensor:
+    """(B, 1) how many places stand before the first that is ``real``."""
+    return (real.cumsum(-1) == 0).sum(-1, keepdim=True)
+
+
+def padding(input_ids: Tensor, pad: int | None) -> Tensor:
+    """(B, 1) how many tokens of padding stand at the left."""
+    return leading(torch.ones_like(input_ids, dtype=torch.bool) if pad is None else input_ids != pad)
 
 
 def _column(numbers: list[int], like: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from decal.kernels import mass as integer
 from decal.kernels import random
-from decal.kernels.statistics import MOMENTS, STATISTICS
+from decal.kernels.statistics import INEXACT, SCALED, STATISTICS, exp, term
 from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
 
@@ -329,6 +330,10 @@ class DenseRow(BaseRow):
         return self._ranked
 
 
+Carry = dict[str, list[Tensor]]
+"""Running sums by name: two limbs, see `decal.kernels.mass.limbs`, or one float."""
+
+
 class TopSets(BaseRow):
     """The sets of the k most probable tokens of some rows, for every k of a range at once; everything (B, m).
 
@@ -338,7 +343,7 @@ class TopSets(BaseRow):
     all of them (NaN where there are none).
     """
 
-    def __init__(self, ranking: Ranking, some: Tensor, start: int, stop: int, carry: dict[str, Tensor]):
+    def __init__(self, ranking: Ranking, some: Tensor, start: int, stop: int, carry: Carry):
         super().__init__()
         self._ranking_, self._some, self._start = ranking, some, start
         wide = ranking.values(some, max(start - 1, 0), stop + 1)
@@ -346,7 +351,7 @@ class TopSets(BaseRow):
         wide = torch.nn.functional.pad(wide, pad, value=-torch.inf)
         self._before, self.value, self.below = wide[:, :-2], wide[:, 1:-1], wide[:, 2:]
         self._top = ranking.top[some]
-        self._carry = carry
+        self._carry, self._last = carry, dict[str, list[Tensor]]()
         self.alive = self.value.isfinite()
 
     def _reference(self) -> Tensor:
@@ -354,21 +359,21 @@ class TopSets(BaseRow):
 
     def _moments(self, names: list[str]) -> Mapping[str, Tensor]:
         d = torch.where(self.alive, self.value - self._top, 0.0)
-        e = d.exp()
-        return {name: self._running(name, torch.where(self.alive, MOMENTS[name](d, e), 0.0)) for name in names}
+        e = exp(d)
+        return {name: self._running(name, torch.where(self.alive, term(name, d, e), 0.0)) for name in names}
 
     def _running(self, name: str, summand: Tensor) -> Tensor:
-        sums = summand.cumsum(-1)
+        plain = name in (*SCALED, INEXACT) or summand.dtype != torch.float64
+        parts = (summand,) if plain else integer.limbs(summand)
+        sums = [part.cumsum(-1) for part in parts]
         if name in self._carry:
-            sums = sums + self._carry[name][self._some]
-        return sums
+            sums = [total + carried[self._some] for total, carried in zip(sums, self._carry[name], strict=True)]
+        self._last[name] = [total[:, -1:] for total in sums]
+        return sums[0] if len(sums) == 1 else integer.joined(*sums)
 
-    def last(self) -> dict[str, Tensor]:
+    def last(self) -> dict[str, list[Tensor]]:
         """Running sums at the end of the range, to carry on from."""
-        found = dict(self._sums)
-        if "curvature" in self.__dict__.get("_extra", {}):
-            found["curvature"] = self._extra["curvature"]
-        return {name: sums[:, -1:] for name, sums in found.items()}
+        return self._last
 
     @property
     def mass(self) -> Tensor:
@@ -376,10 +381,14 @@ class TopSets(BaseRow):
 
     @property
     def curvature(self) -> Tensor:
+        return self.bent / self._ranking_.curvature[self._some]
+
+    @property
+    def bent(self) -> Tensor:
+        """Running sum of the absolute second differences of exp(logit - max)."""
         inner = self._before.isfinite() & self.below.isfinite()
-        p, q, r = (torch.where(inner, z - self._top, 0.0).exp() for z in (self._before, self.value, self.below))
-        self._extra = {"curvature": self._running("curvature", torch.where(inner, (p - 2 * q + r).abs(), 0.0))}
-        return self._extra["curvature"] / self._ranking_.curvature[self._some]
+        p, q, r = (exp(torch.where(inner, z - self._top, 0.0)) for z in (self._before, self.value, self.below))
+        return self._running("curvature", torch.where(inner, (p - 2 * q + r).abs(), 0.0))
 
 
 class Ranking:
@@ -404,17 +413,14 @@ class Ranking:
     def logz(self) -> Tensor:
         """(U, 1)"""
         if "logz" not in self._whole:
-            self._whole["logz"] = self.values(self.rows, 0, self.width).logsumexp(-1, keepdim=True)
+            self._whole["logz"] = TopSets(self, self.rows, 0, self.width, {}).logz[:, -1:]
         return self._whole["logz"]
 
     @property
     def curvature(self) -> Tensor:
         """(U, 1) sum of the absolute second differences of exp(logit - max), by rank."""
         if "curvature" not in self._whole:
-            z = self.values(self.rows, 0, self.width) - self.top
-            p, inner = z.exp(), z[:, 2:].isfinite()
-            second = torch.where(inner, (p[:, :-2] - 2 * p[:, 1:-1] + p[:, 2:]).abs(), 0.0)
-            self._whole["curvature"] = second.cumsum(-1)[:, -1:] if second.shape[1] else torch.zeros_like(self.top)
+            self._whole["curvature"] = TopSets(self, self.rows, 0, self.width, {}).bent[:, -1:]
         return self._whole["curvature"]
 
     def _pieces(self) -> Any:
@@ -427,7 +433,7 @@ class Ranking:
         """(N,) sizes, as floats."""
         answer = torch.zeros(len(self.state), dtype=self.top.dtype, device=self.top.device)
         open_ = torch.arange(len(self.state), device=self.top.device)
-        carry: dict[str, Tensor] = {}
+        carry: Carry = {}
         low = torch.full((len(self.rows), 1), torch.inf, dtype=self.top.dtype, device=self.top.device)
         for start, stop in self._pieces():
             # Rows that nobody asks about any more are not read on.
@@ -440,7 +446,9 @@ class Ranking:
             size = _first_below(worst[:, 1:], index, at_least[open_])
             answer[open_] += size
             for name, sums in top.last().items():
-                carry.setdefault(name, torch.zeros_like(low))[some] = sums
+                kept = carry.setdefault(name, [torch.zeros(len(self.rows), 1, dtype=s.dtype, device=s.device) for s in sums])
+                for old, new in zip(kept, sums, strict=True):
+                    old[some] = new
             low[some] = worst[:, -1:]
             open_ = open_[size == stop - start]
             if not len(open_):
@@ -450,7 +458,7 @@ class Ranking:
     def best(self, score: Callable[[TopSets], Tensor]) -> Tensor:
         """(N,) sizes, as floats."""
         some = self.rows
-        carry: dict[str, Tensor] = {}
+        carry: Carry = {}
         most = torch.full_like(self.top, -torch.inf)
         size = torch.ones_like(self.top)
         for start, stop in self._pieces():

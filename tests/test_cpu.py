@@ -1,0 +1,198 @@
+"""The compiled CPU path against plain torch: the same tokens, whatever the row, the batch or the number of threads."""
+
+from __future__ import annotations
+
+import gc
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from rows import KINDS, TRACEABLE, Source
+
+import decal
+from decal.kernels import cpu
+from decal.kernels.dispatch import choose, use
+from decal.samplers.errors import DecalError
+
+WIDTHS = (1, 2, 31, 33, 500, 1025, 2049, 4097)
+
+
+def reference(chain, x, what="__call__", *args):
+    with use("reference"):
+        return getattr(chain, what)(x, *args, check=False)
+
+
+def assert_same(chain, x):
+    """Kept tokens are the same, their masked logits too bit by bit, values up to the last digits of their type."""
+    masked, wanted = chain.mask(x, check=False), reference(chain, x, "mask")
+    assert torch.equal(masked, wanted), str(chain)
+    values, wanted = chain(x, check=False), reference(chain, x)
+    kept = wanted > -math.inf
+    assert torch.equal(values > -math.inf, kept), str(chain)
+    digits = 16 * torch.finfo(x.dtype).eps
+    torch.testing.assert_close(values[kept], wanted[kept], rtol=digits, atol=digits)
+    seeds, place = torch.arange(len(x)), 7
+    assert torch.equal(chain.sample(x, seeds, place, check=False), reference(chain, x, "sample", seeds, place)), str(chain)
+
+
+def test_this_machine_runs_compiled_code():
+    assert choose("cpu").name == "cpu"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chains_on_hard_rows(kind):
+    source = Source(KINDS.index(kind))
+    for _ in range(60):
+        chain, x = source.chain(), source.rows(kind, 1 + source.below(5), 1 + source.below(3000))
+        assert_same(chain, x)
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_rules_at_every_width(name):
+    source = Source(0)
+    for width in WIDTHS:
+        for kind in ("gaussian", "peaked", "tied", "half dropped"):
+            assert_same(decal.samplers.chain.Chain((source.step([name]),)), source.rows(kind, 2, width))
+
+
+@pytest.mark.parametrize("text", ["top_p(0.9)", "typical(0.9)", "top_k(3000)", "temperature(1.3) | top_p(0.999)", "top_h(0.5)"])
+@pytest.mark.parametrize("kind", ["gaussian", "peaked", "rising", "narrow"])
+def test_large_vocabularies(text, kind):
+    assert_same(decal.parse(text), Source(1).rows(kind, 1, 151_936))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_types(dtype, kind):
+    source = Source(5)
+    for _ in range(5):
+        assert_same(source.chain(), source.rows(kind, 3, 1 + source.below(2500)).to(dtype))
+
+
+@pytest.mark.parametrize("text", ["temperature(0.7) | top_p(0.9) | min_p(0.05)", "typical(0.8)", "flatten(0.5)"])
+def test_a_row_is_the_same_in_any_batch_and_on_any_number_of_threads(text, monkeypatch):
+    chain, x = decal.parse(text), Source(2).rows("gaussian", 12, 3001)
+    seeds, places = torch.arange(12) * 1001, torch.arange(12)
+    whole, tokens = chain(x), chain.sample(x, seeds, places)
+    for row in range(12):
+        assert torch.equal(chain(x[row : row + 1])[0], whole[row])
+        assert chain.sample(x[row : row + 1], seeds[row], places[row]) == tokens[row]
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(chain(x[order]), whole[order])
+    assert torch.equal(chain.sample(x[order], seeds[order], places[order]), tokens[order])
+    monkeypatch.setattr(cpu, "PARALLEL", 1)
+    for threads in (2, 3, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert torch.equal(chain(x), whole)
+        assert torch.equal(chain.sample(x, seeds, places), tokens)
+
+
+def test_rows_any_distance_apart():
+    chain = decal.parse("temperature(0.7) | top_p(0.8)")
+    x = Source(3).rows("gaussian", 6, 4000)
+    for view in (x[:, 100:1100], x[::2], x.T[:2000:7], x[:1].expand(4, -1), x[1:2, 3:4]):
+        before = view.clone()
+        assert torch.equal(chain(view), chain(view.clone()))
+        assert torch.equal(view, before)
+        assert_same(chain, view)
+
+
+def test_parameters_of_each_row():
+    x = Source(4).rows("gaussian", 4, 2500)
+    p, t = torch.tensor([[0.1], [0.5], [1.0], [0.9]]), torch.tensor([[1.0], [0.0], [2.0], [0.7]])
+    chain = decal.temperature(t) | decal.top_p(p)
+    assert_same(chain, x)
+    alone = torch.cat([(decal.temperature(float(t[i])) | decal.top_p(float(p[i])))(x[i : i + 1]) for i in range(4)])
+    assert torch.equal(chain(x), alone.masked_fill(alone.isneginf(), -math.inf))
+
+
+def test_in_place():
+    x = Source(6).rows("peaked", 3, 2100)
+    for text in ("top_p(0.9)", "temperature(2)", "top_k(5) | flatten(1)", "typical(0.5)"):
+        chain = decal.parse(text)
+        y = x.clone()
+        program = chain.segments[0].program
+        out, _ = cpu.transform(program, y, out=y)
+        assert out is y
+        assert torch.equal(y, chain(x))
+
+
+def test_bad_rows_are_told():
+    chain, x = decal.parse("top_p(0.9)"), torch.zeros(3, 50)
+    for value, wanted in ((math.nan, "got nan in row 1 at token 4"), (math.inf, "got inf in row 1 at token 4")):
+        bad = x.clone()
+        bad[1, 4] = value
+        with pytest.raises(DecalError, match=wanted):
+            chain(bad)
+        with pytest.raises(DecalError, match=wanted):
+            chain.sample(bad, 0, 0)
+    bad = x.clone()
+    bad[2] = -math.inf
+    with pytest.raises(DecalError, match="row 2 has none"):
+        chain(bad)
+    assert chain(bad, check=False)[2].isneginf().all()
+
+
+def test_gradients_go_through_plain_torch():
+    x = torch.randn(2, 20, requires_grad=True)
+    decal.parse("temperature(2)")(x).sum().backward()
+    assert torch.allclose(x.grad, torch.full_like(x, 0.5))
+
+
+def test_memory_of_an_output_is_not_used_again_while_anybody_holds_it(monkeypatch):
+    monkeypatch.setattr(cpu, "REUSED", 1)
+    cpu._free.clear()
+    chain, x = decal.parse("min_p(0.1)"), Source(7).rows("gaussian", 2, 900)
+    first = chain(x)
+    row, kept = first[1], first.clone()
+    del first
+    others = [chain(x + 1 + i) for i in range(4)]
+    assert torch.equal(row, kept[1])
+    place = others[-1].data_ptr()
+    assert place not in {y.data_ptr() for y in others[:-1]}
+    del others[-1]
+    gc.collect()
+    assert chain(x).data_ptr() == place
+
+
+def test_without_numba_chains_run_in_torch_and_say_so_once():
+    code = """
+import sys, warnings
+sys.modules["numba"] = None
+import importlib.util as u
+find = u.find_spec
+import torch, decal
+from decal.kernels import dispatch
+dispatch.find_spec = lambda name: None if name == "numba" else find(name)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        kept = decal.parse("top_p(0.5)")(torch.arange(5.0)[None])
+print(len(seen), seen[0].message, int(kept.isfinite().sum()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(
+        "1 decal: chains run in plain torch, which is many times slower, because numba is not installed"
+    )
+    assert done.stdout.rstrip().endswith(" 1")
+
+
+def test_chains_with_steps_that_only_torch_can_do():
+    source = Source(8)
+    for text in ("temperature(1.5) | top_p(0.9) | quadratic(0.3)", "min_p(0.05) | target_entropy(0.8) | top_k(7)", "sparsemax"):
+        for kind in ("gaussian", "peaked", "half dropped"):
+            assert_same(decal.parse(text), source.rows(kind, 3, 700))
+
+
+def test_explain_says_what_runs_where(capsys):
+    decal.parse("temperature(1.5) | min_p(0.1) | quadratic(0.3)").explain()
+    shown = capsys.readouterr().out
+    assert "backend: cpu (compiled by numba" in shown
+    assert "but plain torch for quadratic: quadratic looks at single tokens" in shown
+    with use("reference"):
+        decal.parse("min_p(0.1)").explain()
+    assert "backend: reference (plain torch, as asked for)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="auto or reference, got 'gpu'"), use("gpu"):
+        pass
