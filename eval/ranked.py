@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels import reference
+from decal.kernels.dispatch import choose
 from decal.kernels.statistics import MOMENTS, STATISTICS
 from decal.samplers.chain import transform
 from decal.samplers.context import Context
@@ -120,8 +121,8 @@ class RankedBlock:
         self.alive = level.isfinite().sum(-1)
         self.scales = torch.tensor(sorted(set(scales)), dtype=torch.float64)
         self.level = level.flatten()
-        dead = level.isneginf()
-        level = level.masked_fill(dead, 0.0)
+        kernels = choose("cpu").module or reference
+        level = level.masked_fill(level.isneginf(), 0.0)
         size = self.rows, self.width + 1
         self._tables = {
             name: torch.empty((1 if name in POWER else len(self.scales), *size), dtype=torch.float64) for name in moments
@@ -131,10 +132,8 @@ class RankedBlock:
         for name in moments & set(POWER):
             torch.cumsum(MOMENTS[name](level, level), -1, out=self._tables[name][0, :, 1:])
         for index, scale in enumerate(self.scales):
-            d = scale * level
-            e = d.exp().masked_fill_(dead, 0.0)
-            for name in moments - set(POWER):
-                torch.cumsum(MOMENTS[name](d, e), -1, out=self._tables[name][index, :, 1:])
+            tables = {name: self._tables[name][index] for name in moments - set(POWER)}
+            kernels.running_sums(self.level.view(size[0], -1), self.alive, float(scale), tables)
         self._tables = {name: table.flatten() for name, table in self._tables.items()}
 
     def has(self, scale: Tensor) -> bool:

@@ -7,19 +7,22 @@ where they pay, and never for a single row.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from decal.kernels.cpu_rows import BINS, BLOCK, MASK, TOKENS, VALUES, Work, run_rows
-from decal.kernels.program import Program
+from decal.kernels.cpu_rows import BINS, BLOCK, MASK, TOKENS, VALUES, Work, run_rows, run_sums
+from decal.kernels.program import Program, bits_of
 
 _local = threading.local()
 
@@ -48,7 +51,17 @@ def _work(width: int, dtype: np.dtype, top: float, maps: int) -> Work:
 
 NO_NUMBERS, NO_ROWS, NO_WIDE_ROWS = np.empty(0, np.int64), np.empty((1, 1), np.float32), np.empty((1, 1))
 NATIVE = (torch.float32, torch.float64)
-TOP = {dtype: torch.finfo(dtype).max for dtype in (*NATIVE, torch.float16, torch.bfloat16)}
+TYPES = (*NATIVE, torch.float16, torch.bfloat16)
+"""Types of logits it takes."""
+TOP = {dtype: torch.finfo(dtype).max for dtype in TYPES}
+
+
+@cache
+def _tell_of_compiling() -> None:
+    """Say so, where the first call will take long."""
+    if not any(Path(run_rows.stats.cache_path).glob("cpu_rows.run_rows-*.nbi")):
+        logging.getLogger("decal").warning("decal compiles its CPU code for this machine; that takes a while, but only once")
+
 
 PARALLEL = 1 << 18
 """Logits from which on another thread pays."""
@@ -57,6 +70,27 @@ PARALLEL = 1 << 18
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "decal")
+
+
+def _divide(rows: int, cells: int, part: Callable[[int, int], None]) -> None:
+    """``part(first, last)`` over all rows, on as many threads as torch uses where that pays."""
+    threads = min(torch.get_num_threads(), rows) if cells >= PARALLEL else 1
+    if threads <= 1:
+        part(0, rows)
+        return
+    bounds = [rows * t // threads for t in range(threads + 1)]
+    others = [_pool(os.getpid(), threads - 1).submit(part, *bounds[t : t + 2]) for t in range(1, threads)]
+    part(0, bounds[1])
+    for other in others:
+        other.result()
+
+
+def running_sums(level: Tensor, alive: Tensor, scale: float, out: Mapping[str, Tensor]) -> None:
+    """See `decal.kernels.reference.running_sums`; moments ``s``, ``t``, ``q`` and ``h``."""
+    sums = [out[name].numpy() if name in out else NO_WIDE_ROWS for name in "stqh"]
+    arrays = level.contiguous().numpy(), alive.numpy()
+    wanted = bits_of(list(out))
+    _divide(len(level), level.numel(), lambda first, last: run_sums(*arrays, scale, wanted, first, last, *sums))
 
 
 def _flat(logits: Tensor) -> tuple[np.ndarray, int]:
@@ -88,6 +122,7 @@ def run(
     Args:
         top: the largest finite number of the type that the logits came in, and values are to have.
     """
+    _tell_of_compiling()
     rows, width = logits.shape
     flat, stride = _flat(logits)
     initial = program.registers_of(parameters, rows)
@@ -101,15 +136,7 @@ def run(
             flat, stride, width, first, last, initial, code, work, target, kind, top, seeds, positions, tokens, flags, careful
         )
 
-    threads = min(torch.get_num_threads(), rows) if rows * width >= PARALLEL else 1
-    if threads <= 1:
-        part(0, rows)
-        return flags
-    bounds = [rows * t // threads for t in range(threads + 1)]
-    others = [_pool(os.getpid(), threads - 1).submit(part, *bounds[t : t + 2]) for t in range(1, threads)]
-    part(0, bounds[1])
-    for other in others:
-        other.result()
+    _divide(rows, rows * width, part)
     return flags
 
 

@@ -61,7 +61,7 @@ MASK, VALUES, TOKENS = 0, 1, 2
 BAD, EMPTY = 1, 2
 """Flags of a row: it has NaN or +inf; it has nothing finite."""
 
-_jit = njit(error_model="numpy", no_cpython_wrapper=True)
+_jit = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 # ---- numbers
@@ -1118,6 +1118,45 @@ def _row(x, registers, code, work, out, kind, top, seed, position, careful):
         value = _value(peak, maps, k)
         _write_values(raw, n, work.ids, whole, low, high, maps, k, value, top, out, work.buffer, ends)
     return token, flags
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def run_sums(level, alive, scale, wanted, first, last, s, t, q, h):
+    """Running sums of rows [first, last); see `decal.kernels.reference.running_sums`. Outputs that aren't wanted are empty."""
+    weights = np.empty(BLOCK)
+    for r in range(first, last):
+        sums_s, sums_t, sums_q, sums_h = 0.0, 0.0, 0.0, 0.0
+        if wanted & S_:
+            s[r, 0] = 0.0
+        if wanted & T_:
+            t[r, 0] = 0.0
+        if wanted & Q_:
+            q[r, 0] = 0.0
+        if wanted & H_:
+            h[r, 0] = 0.0
+        for start in range(0, level.shape[1], BLOCK):
+            stop = min(start + BLOCK, level.shape[1])
+            part, e = level[r, start:stop], weights[: stop - start]
+            for i in range(part.shape[0]):
+                w = _weight(scale * part[i])
+                e[i] = w if start + i < alive[r] else 0.0
+            if wanted & S_:
+                for i in range(part.shape[0]):
+                    sums_s += e[i]
+                    s[r, start + i + 1] = sums_s
+            if wanted & T_:
+                for i in range(part.shape[0]):
+                    d = scale * part[i]
+                    sums_t += (d if d > FARTHEST else FARTHEST) * e[i]
+                    t[r, start + i + 1] = sums_t
+            if wanted & Q_:
+                for i in range(part.shape[0]):
+                    sums_q += e[i] * e[i]
+                    q[r, start + i + 1] = sums_q
+            if wanted & H_:
+                for i in range(part.shape[0]):
+                    sums_h += _weight(0.5 * scale * part[i]) if start + i < alive[r] else 0.0
+                    h[r, start + i + 1] = sums_h
 
 
 @_jit

@@ -38,6 +38,8 @@ ROUND = 1.5 * 2.0**52
 LOWEST = -1000.0
 """Exponents of two below it count as it, so that no weight is subnormal."""
 UNIT = 2.0**-42
+MOST_TOKENS = 2**21 - 1
+"""For more, sums could overflow."""
 FIXED = 1.5 * 2.0**52 * UNIT
 """Adding it to a float64 in (-256, 256) rounds that to a multiple of `UNIT`, which stands in the lowest bits."""
 FIXED_BITS = int(torch.tensor(FIXED, dtype=torch.float64).view(torch.int64))

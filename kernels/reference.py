@@ -6,7 +6,7 @@ float64 (float32 on devices without it), so that no kept set hangs on rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,6 +46,22 @@ def _sum(name: str, d: Tensor, e: Tensor, kept: Tensor) -> Tensor:
         return torch.where(kept, term(name, d, e), 0.0).sum(-1, keepdim=True)
     high, low = integer.limbs(torch.where(kept, term(name, d, e), 0.0))
     return torch.ldexp(integer.joined(high.sum(-1, keepdim=True), low.sum(-1, keepdim=True)), exponent)
+
+
+def running_sums(level: Tensor, alive: Tensor, scale: float, out: Mapping[str, Tensor]) -> None:
+    """Running sums of moments over rows in decreasing order: into ``out``, by name, (R, V + 1) each, the first column being 0.
+
+    Args:
+        level: (R, V) logits less the largest of the row.
+        alive: (R,) how many of a row's, from the first, count.
+        scale: what the levels are multiplied with.
+    """
+    dead = torch.arange(level.shape[1], device=level.device) >= alive[:, None]
+    d = scale * level.masked_fill(dead, 0.0)
+    e = exp(d).masked_fill_(dead, 0.0)
+    for name, sums in out.items():
+        sums[:, 0] = 0.0
+        torch.cumsum(term(name, d, e).masked_fill_(dead, 0.0), -1, out=sums[:, 1:])
 
 
 def masses(z_BV: Tensor) -> Tensor:

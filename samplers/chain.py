@@ -19,7 +19,7 @@ from torch import Tensor
 
 from decal.kernels import reference
 from decal.kernels.dispatch import choose
-from decal.kernels.mass import wide
+from decal.kernels.mass import MOST_TOKENS, wide
 from decal.kernels.program import Untraceable
 from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
@@ -227,6 +227,9 @@ class Chain:
         check: bool = True,
     ) -> tuple[Tensor, Seen]:
         """What `sample` gives, and what `observe` wants to know of the step. Arguments as in `sample`."""
+        if torch.compiler.is_compiling():
+            operands = _operands(self)
+            return torch.ops.decal.sample(logits, seeds, positions, *operands), Seen({})
         self._admit(logits, history, state)
         seeds, positions = (_per_row(n, v, logits) for n, v in (("seeds", seeds), ("positions", positions)))
         whole, backend = self._whole(logits)
@@ -272,6 +275,9 @@ class Chain:
     def _processed(
         self, logits: Tensor, check: bool, history: History | None, state: State | None, mask: bool = False
     ) -> tuple[Tensor, Seen]:
+        if torch.compiler.is_compiling():
+            operands = _operands(self)  # registers the operators
+            return torch.ops.decal.transform(logits, *operands, mask), Seen({})
         self._admit(logits, history, state)
         mask = mask or self.only_cuts
         whole, backend = self._whole(logits)
@@ -287,10 +293,18 @@ class Chain:
 
     def _whole(self, logits: Tensor) -> tuple[Traced | None, Any]:
         """The chain as one program, and the module that can run it on ``logits``; None if there is none."""
-        backend = choose(logits.device.type).module
-        if backend is None or not self._traceable or (logits.requires_grad and torch.is_grad_enabled()):
+        backend = self._compiled(logits, logits.dtype)
+        if backend is None or not self._traceable:
             return None, None
         return cast(Traced, self.segments[0]), backend
+
+    @staticmethod
+    def _compiled(logits: Tensor, dtype: torch.dtype) -> Any:
+        """The module that runs programs where ``logits`` are, on rows of that type; None if there is none."""
+        backend = choose(logits.device.type).module
+        if backend is None or dtype not in backend.TYPES or (logits.requires_grad and torch.is_grad_enabled()):
+            return None
+        return backend
 
     @cached_property
     def only_cuts(self) -> bool:
@@ -333,11 +347,10 @@ class Chain:
         # A row with nothing finite is none of the rules' business.
         dead = ~z_BV.isfinite().any(-1, keepdim=True)
         z_BV = torch.where(dead, 0.0, z_BV)
-        compiled = choose(logits.device.type).module
-        plain = compiled is None or (logits.requires_grad and torch.is_grad_enabled())
-        for part in self.plan if plain else self.segments:
+        compiled = self._compiled(logits, z_BV.dtype)
+        for part in self.plan if compiled is None else self.segments:
             if isinstance(part, Traced):
-                z_BV = cast(Any, compiled).transform(part.program, z_BV, part.parameters())[0]
+                z_BV = compiled.transform(part.program, z_BV, part.parameters())[0]
                 continue
             one = part.passed if isinstance(part, Untraced) else part
             for step in one.steps:
@@ -355,6 +368,8 @@ class Chain:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or 0 in logits.shape:
             got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise DecalError(f"logits must be a floating-point tensor of shape (B, V), got {got}")
+        if logits.shape[1] > MOST_TOKENS:
+            raise DecalError(f"logits may be of at most {MOST_TOKENS} tokens, got {logits.shape[1]}")
         if self.per_row not in (None, len(logits)):
             raise DecalError(f"the chain has parameters for {self.per_row} rows, the logits have {len(logits)}")
         if history is not None and not isinstance(history, History):
@@ -481,6 +496,18 @@ class Chain:
         from decal.samplers.generate import generate_kwargs
 
         return generate_kwargs(self, kwargs, requests, direct, seeds)
+
+
+@torch.compiler.assume_constant_result
+def _operands(chain: Chain) -> tuple[Any, ...]:
+    """The chain as operands of `decal.kernels.ops`, for a graph of ``torch.compile``. Raises DecalError if it is no program."""
+    from decal.kernels import ops
+
+    part = chain.segments[0]
+    if len(chain.segments) > 1 or not isinstance(part, Traced):
+        why = next(one.reason for one in chain.segments if isinstance(one, Untraced))
+        raise DecalError(f"{chain} can't be in a graph of torch.compile: {why}")
+    return (*ops.arguments_of(part.program), part.parameters())
 
 
 def run_pass(

@@ -13,7 +13,7 @@ from decal.samplers.trace import trace
 
 KINDS = (
     "gaussian", "wide", "narrow", "rounded", "half dropped", "flat", "one hot", "denormal", "huge", "falling", "rising", "tied",
-    "banned", "lowest", "peaked", "exponential", "nearly flat", "not numbers", "zeros of both signs",
+    "banned", "lowest", "peaked", "exponential", "nearly flat", "not numbers", "zeros of both signs", "certain",
 )  # fmt: skip
 
 
@@ -81,6 +81,8 @@ class Source:
         elif kind == "not numbers":
             x[:, self.below(width)] = math.nan
             x[:, self.below(width)] = math.inf
+        elif kind == "certain":
+            x[:, self.below(width)] = 20.0 + 600 * float(where[0, 0])
         elif kind == "zeros of both signs":
             x = torch.where(where < 0.5, x * 0.0, -x.abs())
         return x
