@@ -1,39 +1,36 @@
-"""A step of sampling: decal's chains beside the warpers of transformers, on the same rows.
+"""A step of sampling: decal's chains beside who else does the same, on the same rows.
 
     pytest benchmarks/bench_chains.py --benchmark-group-by=group
 
-Read the ratio within a group; absolute times depend on the machine.
+Read the ratio within a group; absolute times depend on the machine. speed.py measures more of it, in turns.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
-import torch
-from transformers import generation
 
-import decal
+sys.path.append(str(Path(__file__).parent))
+import cases
 
-PEERS = {
-    "top_k(50)": lambda: generation.TopKLogitsWarper(50),
-    "top_p(0.9)": lambda: generation.TopPLogitsWarper(0.9),
-    "min_p(0.1)": lambda: generation.MinPLogitsWarper(0.1),
-    "typical(0.9)": lambda: generation.TypicalLogitsWarper(0.9),
-    "eta(0.002)": lambda: generation.EtaLogitsWarper(0.002),
-}
+NAMES = ("decal", "transformers", "torch", "softmax")
 
 
-@pytest.fixture(params=[(1, 49152), (8, 49152), (8, 262144)], ids=lambda s: f"B{s[0]}-V{s[1]}")
-def scores(request):
-    return torch.randn(request.param, generator=torch.Generator().manual_seed(0)) * 3
-
-
-@pytest.mark.parametrize("text", PEERS)
-@pytest.mark.parametrize("who", ["decal", "transformers"])
-def test_step(benchmark, scores, text, who):
-    benchmark.group = f"{text} {tuple(scores.shape)}"
-    if who == "decal":
-        chain = decal.parse(text)
-        benchmark(lambda: chain(scores, check=False))
-    else:
-        warper = PEERS[text]()
-        benchmark(lambda: warper(None, scores.clone()))
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_step(benchmark: Any, case: cases.Case, name: str, size: int) -> None:
+    if name in cases.PEERS and name not in case.peers:
+        pytest.skip("has no such rule")
+    vocabulary = cases.SMOLLM2
+    x = cases.rows("flat", vocabulary)[:size]
+    make = {"decal": cases.ours, "softmax": cases.softmax, **cases.PEERS}[name]
+    one = make(case, size, vocabulary)
+    mine = cases.ours(case, size, vocabulary)
+    if name in cases.PEERS:
+        cases.compare(case, x, mine.outcome(mine.call(x)), one.outcome(one.call(one.prepare(x))))
+    benchmark.group = f"{case.name}, flat rows, V = {vocabulary}, B = {size}"
+    benchmark.pedantic(one.call, setup=lambda: ((one.prepare(x),), {}), rounds=10, warmup_rounds=1)

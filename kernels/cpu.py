@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels.cpu_rows import BINS, BLOCK, MASK, TOKENS, VALUES, Work, run_rows, run_sums
+from decal.kernels.cpu_rows import UNFIT as UNFIT
 from decal.kernels.program import Program, bits_of
 
 _local = threading.local()
@@ -149,7 +150,7 @@ def transform(
     out: Tensor | None = None,
     careful: bool = False,
 ) -> tuple[Tensor, np.ndarray]:
-    """What a program makes of logits (B, V), in their type, and flags (B,): `BAD`, `EMPTY`.
+    """What a program makes of logits (B, V), in their type, and flags (B,), see `decal.kernels.cpu_rows`.
 
     Args:
         parameters: (B, columns) float64, for programs with per-row parameters.

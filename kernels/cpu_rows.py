@@ -58,8 +58,8 @@ MOMENT_COUNT = len(MOMENT_NAMES)
 MASK, VALUES, TOKENS = 0, 1, 2
 """What is written: kept logits as they came, values, drawn tokens."""
 
-BAD, EMPTY = 1, 2
-"""Flags of a row: it has NaN or +inf; it has nothing finite."""
+BAD, EMPTY, UNFIT = 1, 2, 4
+"""Flags of a row: it has NaN or +inf; it has nothing finite; a map turns it around, which this code doesn't do."""
 
 _jit = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
@@ -1039,6 +1039,8 @@ def _row(x, registers, code, work, out, kind, top, seed, position, careful):
         elif op == AFFINE:
             scale, shift = registers[code[at, 2], 0], registers[code[at, 3], 0]
             value = _value(peak, maps, k)
+            if not scale >= 0.0:
+                flags |= UNFIT
             if abs(scale) == INF:
                 low, pending = _first_at_least(value, maps, k, ends), True
             elif scale != 1.0 or shift != 0.0:

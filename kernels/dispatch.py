@@ -1,7 +1,8 @@
 """Which implementation runs a program, and why, for `Chain.explain`.
 
 On a CPU it is `decal.kernels.cpu`, on a GPU `decal.kernels.gpu`; where what they are written in is missing, and for what can't
-be written as a program, it is plain torch, `decal.kernels.reference`. All keep the same tokens.
+be written as a program, it is plain torch, `decal.kernels.reference`. All keep the same tokens; a GPU has to show that once in
+each process.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ def _compiled(name: str, package: str, module: str, reason: str) -> Backend:
         why = f"{package} is not installed"
     else:
         try:
-            return Backend(name, import_module(module), reason)
+            found = import_module(module)
+            if name == "triton":
+                found.check("cuda")
+            return Backend(name, found, reason)
         except Exception as error:  # a package that is there may be unfit for this Python, this numpy or this machine
             why = f"{package} could not be used: {error}"
     warnings.warn(f"decal: chains run in plain torch, which is many times slower, because {why}", RuntimeWarning, stacklevel=4)

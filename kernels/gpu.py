@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from decal.kernels import reference
 from decal.kernels.gpu_device import (
     BEST,
     COUNT_UPPER,
@@ -93,7 +94,7 @@ from decal.kernels.gpu_device import (
     weight,
     worth_of,
 )
-from decal.kernels.program import Op, Program, bits_of
+from decal.kernels.program import Builder, Op, Program, bits_of
 
 SUM_OF_BINS = tl.constexpr(7)  # the place among the accumulators of the mass that `count_bins` adds up
 STATE = tl.constexpr(SLOTS)
@@ -578,7 +579,7 @@ def operand(regs_ptr, lanes_ptr, register, base, PIECE: tl.constexpr):
     """A register, for many top sets."""
     lane = tl.arange(0, PIECE)
     many = register >= base
-    some = tl.load(lanes_ptr + (register - base) * PIECE + lane, mask=(lane >= 0) & many, other=0.0)
+    some = tl.load(lanes_ptr + (register - base) * PIECE + lane, mask=tl.where(many, lane, -1) >= 0, other=0.0)
     return tl.where(many, some, tl.load(regs_ptr + register))
 
 
@@ -966,6 +967,32 @@ def transform(
         LIMIT=limit, MASK=mask or not program.affines, **{**work.options, "BLOCK": work.config.block},
     )  # fmt: skip
     return out if target is out else out.copy_(target), None
+
+
+def check(device: str) -> None:
+    """Run on ``device`` what a chain with a temperature, a cut by mass, and a map by what is left does, and compare with torch.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    builder = Builder()
+    share, third = builder.number(0.9), builder.number(1 / 3)
+    builder.affine(builder.number(1 / 0.7), builder.number(0.0))
+    builder.band(builder.mass_upper(share), builder.number(torch.inf))
+    builder.affine(third, builder.moments(["n"])["n"].log())
+    program = builder.program()
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * 3
+    column = torch.ones(3, 1, dtype=torch.float64)
+    z_BV = reference.affine(reference.clean(logits), column / 0.7, 0 * column)
+    z_BV = reference.keep_between(z_BV, reference.upper(z_BV, mass=0.9 * column), torch.inf * column)
+    z_BV = reference.affine(z_BV, column / 3, reference.moments(z_BV, ["n"])["n"].log())
+    found = transform(program, logits.to(device))[0].cpu()
+    seeds, places = torch.arange(3), torch.arange(3)
+    tokens = sample(program, logits.to(device), seeds.to(device), places.to(device))[0].cpu()
+    wanted = reference.narrow(z_BV, logits.dtype)
+    close = torch.allclose(found.nan_to_num(neginf=-1e30), wanted.nan_to_num(neginf=-1e30), rtol=1e-5)
+    if not close or not torch.equal(tokens, reference.draw(z_BV, seeds[:, None], places[:, None])):
+        raise RuntimeError(f"the kernels give other results on {device} than plain torch does")
 
 
 def sample(

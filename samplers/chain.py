@@ -236,9 +236,10 @@ class Chain:
         if whole is not None:
             tokens, flags = backend.sample(whole.program, logits, seeds, positions, whole.parameters(), careful=check)
             self._check(logits, check, flags)
-            return tokens, Seen({})
+            if _done(flags, backend):
+                return tokens, Seen({})
         self._check(logits, check)
-        z_BV, seen = self._run(logits, history, state)
+        z_BV, seen = self._run(logits, history, state, whole is None)
         return reference.draw(z_BV, seeds[:, None], positions[:, None]), seen
 
     def init(self, rows: int, *, device: torch.device | str = "cpu") -> State:
@@ -284,9 +285,10 @@ class Chain:
         if whole is not None:
             processed, flags = backend.transform(whole.program, logits, whole.parameters(), mask=mask, careful=check)
             self._check(logits, check, flags)
-            return processed, Seen({})
+            if _done(flags, backend):
+                return processed, Seen({})
         self._check(logits, check)
-        z_BV, seen = self._run(logits, history, state)
+        z_BV, seen = self._run(logits, history, state, whole is None)
         if mask:
             return logits.masked_fill(z_BV.isneginf(), -torch.inf), seen
         return reference.narrow(z_BV, logits.dtype), seen
@@ -339,18 +341,18 @@ class Chain:
             close()
         return tuple(found)
 
-    def _run(self, logits: Tensor, history: History | None, state: State | None) -> tuple[Tensor, Seen]:
-        """The chain in wide floats, -inf where dropped, pass by pass."""
+    def _run(self, logits: Tensor, history: History | None, state: State | None, compiling: bool = True) -> tuple[Tensor, Seen]:
+        """The chain in wide floats, -inf where dropped, pass by pass; ``compiling`` where that can be."""
         context = Context(history, self.weights)
         number = {id(step): i for i, step in enumerate(self.steps)}
         z_BV, seen = reference.clean(logits), {}
         # A row with nothing finite is none of the rules' business.
         dead = ~z_BV.isfinite().any(-1, keepdim=True)
         z_BV = torch.where(dead, 0.0, z_BV)
-        compiled = self._compiled(logits, z_BV.dtype)
+        compiled = self._compiled(logits, z_BV.dtype) if compiling else None
         for part in self.plan if compiled is None else self.segments:
             if isinstance(part, Traced):
-                z_BV = compiled.transform(part.program, z_BV, part.parameters())[0]
+                z_BV = self._run_traced(part, z_BV, compiled)
                 continue
             one = part.passed if isinstance(part, Untraced) else part
             for step in one.steps:
@@ -363,6 +365,15 @@ class Chain:
             state_of = {key: s and {name: v.to(z_BV) for name, v in s.items()} for key, s in states.items()}
             z_BV = run_pass(one, z_BV, context, state_of)
         return torch.where(dead, -torch.inf, z_BV), Seen(seen)
+
+    def _run_traced(self, part: Traced, z_BV: Tensor, backend: Any) -> Tensor:
+        """A compiled part of the chain, in wide floats."""
+        after, flags = backend.transform(part.program, z_BV, part.parameters())
+        if _done(flags, backend):
+            return after
+        for one in Chain(part.steps).plan:
+            z_BV = run_pass(one, z_BV, Context(), {})
+        return z_BV
 
     def _admit(self, logits: Tensor, history: History | None, state: State | None) -> None:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or 0 in logits.shape:
@@ -498,7 +509,11 @@ class Chain:
         return generate_kwargs(self, kwargs, requests, direct, seeds)
 
 
-@torch.compiler.assume_constant_result
+def _done(flags: Any, backend: Any) -> bool:
+    """Whether compiled code could do every row; what it couldn't, plain torch does again, all of it."""
+    return flags is None or not (flags & backend.UNFIT).any()
+
+
 def _operands(chain: Chain) -> tuple[Any, ...]:
     """The chain as operands of `decal.kernels.ops`, for a graph of ``torch.compile``. Raises DecalError if it is no program."""
     from decal.kernels import ops
@@ -508,6 +523,10 @@ def _operands(chain: Chain) -> tuple[Any, ...]:
         why = next(one.reason for one in chain.segments if isinstance(one, Untraced))
         raise DecalError(f"{chain} can't be in a graph of torch.compile: {why}")
     return (*ops.arguments_of(part.program), part.parameters())
+
+
+# What torch.compiler.assume_constant_result does, without importing all of torch's compiler with decal.
+_operands._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run_pass(

@@ -15,8 +15,9 @@ from decal.samplers.rule import Step
 
 
 class Traced(NamedTuple):
-    """A program, and the per-row parameters that it wants as columns: of which step, and by which name."""
+    """Steps as a program, and the per-row parameters that it wants as columns: of which step, and by which name."""
 
+    steps: tuple[Step, ...]
     program: Program
     columns: tuple[tuple[Step, str], ...]
 
@@ -57,7 +58,7 @@ def trace(steps: Sequence[Step]) -> Traced:
             builder.band(builder.number(answer.low), builder.number(answer.high))
         else:
             raise Untraceable(f"{step.rule.name} looks at single tokens")
-    return Traced(builder.program(), tuple(columns))
+    return Traced(tuple(steps), builder.program(), tuple(columns))
 
 
 class _Symbolic(BaseRow):

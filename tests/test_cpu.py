@@ -196,3 +196,17 @@ def test_explain_says_what_runs_where(capsys):
     assert "backend: reference (plain torch, as asked for)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="auto or reference, got 'gpu'"), use("gpu"):
         pass
+
+
+def test_maps_that_turn_a_row_around_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr("decal.samplers.rule.RULES", dict(decal.RULES))
+
+    @decal.rule()
+    def mirrored(row, by=decal.Param(1.0, low=-9, high=9)):
+        """Multiply logits."""
+        return decal.Affine(by, torch.zeros_like(by))
+
+    x = Source(9).rows("gaussian", 3, 800)
+    rows = torch.tensor([[-1.0], [2.0], [-0.5]])
+    for chain in (mirrored(-1.0) | decal.top_p(0.5), mirrored(rows), mirrored(-2.0) | decal.quadratic(0.3)):
+        assert_same(chain, x)

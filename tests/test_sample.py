@@ -42,7 +42,7 @@ def test_frequencies_are_the_probabilities(text):
 
 
 def test_rare_tokens_are_drawn_as_often_as_they_should_be():
-    """Each of 262,144 tokens in the tail has probability 1e-9, which 24-bit noise, whose race ends at 16.6 nats, never draws."""
+    """Each of 262,144 tail tokens has probability 1e-9; 24-bit noise, whose race ends at 16.6 nats, never draws one."""
     tail = 262_144
     logits = torch.full((1, tail + 1), -20.7)
     logits[0, 0] = 0.0

@@ -275,3 +275,10 @@ def test_the_table():
     agree(gpu.transform(program, logits)[0], executor.transform(program, logits), program)
     with pytest.raises(TypeError, match="float64"):
         gpu.transform(program, logits.double())
+
+
+def test_the_check_that_a_device_has_to_pass(monkeypatch):
+    gpu.check("cpu")
+    monkeypatch.setattr(gpu.reference, "draw", lambda *_: torch.tensor([0, 0, 0]))
+    with pytest.raises(RuntimeError, match="the kernels give other results on cpu"):
+        gpu.check("cpu")
