@@ -434,12 +434,12 @@ class Different(Exception):
 
 
 def compare(case: Case, x: Tensor, mine: Tensor, theirs: Tensor) -> dict[str, float]:
-    """In how many tokens of a row, and in how much of its probability besides one token, two results differ
-    at most.
+    """In how many tokens of a row, and in how much of its probability besides one token, two results
+    differ at most.
 
     Raises:
-        Different: in more than one token and, besides it, `TOLERANCE`, or the logits that both keep differ, or a token was drawn
-            that decal doesn't keep.
+        Different: in more than one token and, besides it, `TOLERANCE`, or the logits that both keep differ, or a token was
+            drawn that decal doesn't keep.
     """
     if case.draw:
         cut = decal.parse(case.text)(x, check=False)

@@ -363,6 +363,7 @@ def overview(results: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 
 QUIET = "**As far as the control tells, the run was not disturbed.**"
+UNKNOWN = "**Too few cases were measured to tell whether the run was disturbed.**"
 DISTURBED = "**The run was disturbed, and is to be repeated.**"
 
 PAGE = """# Speed on a CPU
@@ -458,11 +459,11 @@ def page(results: Mapping[str, Any]) -> str:
         **results["machine"],
         date=results["date"],
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        control_median=number(statistics.median(disturbed)),
-        control_most=number(max(disturbed)),
+        control_median=number(statistics.median(disturbed)) if disturbed else "?",
+        control_most=number(max(disturbed)) if disturbed else "?",
         tolerance=cases.TOLERANCE,
         why="as told" if results["machine"]["told"] else "torch's default",
-        verdict=QUIET if statistics.median(disturbed) < 1.5 else DISTURBED,
+        verdict=verdict(disturbed),
         widest=", ".join(f"{NAMES[name]} {value:.1g}" for name, value in apart.items()),
         least=min(counts),
         most=max(counts),
@@ -483,11 +484,17 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def control(results: Mapping[str, Any]) -> list[float]:
-    """For each size, how far apart the medians of the same softmax are that belong to different cases."""
+    """For each size with five cases or more, how far apart the medians of the same softmax are that belong to them."""
     found: dict[tuple[int, int], list[float]] = {}
     for one in results["cells"].values():
         found.setdefault((one["vocabulary"], one["batch"]), []).append(one["median_us"]["softmax"])
-    return [max(times) / min(times) for times in found.values()]
+    return [max(times) / min(times) for times in found.values() if len(times) >= 5]
+
+
+def verdict(disturbed: Sequence[float]) -> str:
+    if not disturbed:
+        return UNKNOWN
+    return QUIET if statistics.median(disturbed) < 1.5 else DISTURBED
 
 
 def start_page(start: Mapping[str, Any] | None) -> list[str]:

@@ -185,7 +185,9 @@ def sample(
 REUSED = 1 << 24
 """Bytes from which on the memory of an output is kept for the next one when nobody uses it any more: the system hands out fresh
 pages for blocks this large, and clearing them takes longer than most programs."""
-_free: dict[int, list[np.ndarray]] = {}
+KEPT = 2
+"""How many such blocks are kept, of whatever size."""
+_kept: dict[int, np.ndarray] = {}
 
 
 def empty_like(logits: Tensor) -> Tensor:
@@ -193,17 +195,19 @@ def empty_like(logits: Tensor) -> Tensor:
     size = logits.numel() * logits.element_size()
     if size < REUSED:
         return torch.empty(logits.shape, dtype=logits.dtype)
-    try:
-        block = _free.setdefault(size, []).pop()
-    except IndexError:
+    fits = (key for key, block in list(_kept.items()) if block.size == size)
+    # Another thread may have been faster.
+    found = (_kept.pop(key, None) for key in fits)
+    block = next((one for one in found if one is not None), None)
+    if block is None:
         block = np.empty(size, np.uint8)
     view = block[:]
     # The tensor holds the view, and whatever shares its memory holds the tensor's.
-    weakref.finalize(view, _give_back, size, block).atexit = False
+    weakref.finalize(view, _give_back, block).atexit = False
     return torch.from_numpy(view).view(logits.dtype).view(logits.shape)
 
 
-def _give_back(size: int, block: np.ndarray) -> None:
-    if size not in _free or len(_free[size]) >= 2:
-        _free.clear()
-    _free.setdefault(size, []).append(block)
+def _give_back(block: np.ndarray) -> None:
+    _kept[id(block)] = block
+    for key in list(_kept)[:-KEPT]:
+        _kept.pop(key, None)

@@ -1049,8 +1049,8 @@ def _row(x, registers, code, work, out, kind, top, seed, position, careful):
                 maps[k, 1] = 0.0 if fits else value
                 maps[k, 2] = shift if fits else 0.0
                 k += 1
-                if scale == 0.0:
-                    # A dropped token, times 0, would be none any more.
+                if scale == 0.0 or k > 1:
+                    # A dropped token counts as the lowest number there is, which further maps could raise.
                     low, pending = max(low, ends[3]), True
             total = np.int64(-1)
         elif op == BAND:

@@ -95,7 +95,8 @@ def sample(
         raise DecalError(f"direct=True samples row by row, but generate was asked for {mode.replace('_', ' ')}")
     mask = None if model.config.is_encoder_decoder else kwargs.get("attention_mask")
     processors = LogitsProcessorList(
-        Generation(p, mask) if isinstance(p, ChainProcessor) and p.remembers else p for p in logits_processor
+        Generation(p, mask) if isinstance(p, ChainProcessor) and (p.remembers or p.seeds is not None) else p
+        for p in logits_processor
     )
     watchers = [Watch(p) for p in processors if isinstance(p, Generation)]
     criteria = StoppingCriteriaList([*watchers, *stopping_criteria])

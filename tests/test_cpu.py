@@ -143,7 +143,7 @@ def test_gradients_go_through_plain_torch():
 
 def test_memory_of_an_output_is_not_used_again_while_anybody_holds_it(monkeypatch):
     monkeypatch.setattr(cpu, "REUSED", 1)
-    cpu._free.clear()
+    cpu._kept.clear()
     chain, x = decal.parse("min_p(0.1)"), Source(7).rows("gaussian", 2, 900)
     first = chain(x)
     row, kept = first[1], first.clone()
@@ -155,6 +155,22 @@ def test_memory_of_an_output_is_not_used_again_while_anybody_holds_it(monkeypatc
     del others[-1]
     gc.collect()
     assert chain(x).data_ptr() == place
+
+
+def test_little_memory_is_kept_whatever_sizes_come(monkeypatch):
+    monkeypatch.setattr(cpu, "REUSED", 1)
+    chain, x = decal.parse("min_p(0.1)"), torch.zeros(40, 100)
+    for rows in range(1, 40):
+        chain(x[:rows])
+    gc.collect()
+    assert len(cpu._kept) <= cpu.KEPT
+
+
+def test_dropped_tokens_stay_so_behind_any_maps():
+    x = torch.full((1, 3000), -math.inf)
+    x[0, :10] = torch.linspace(0, 2, 10)
+    for text in ("top_p(0.9)", "typical(0.5)", "top_h(0.5)"):
+        assert_same(decal.parse(f"temperature(2) | temperature(1e308) | {text}"), x)
 
 
 def test_without_numba_chains_run_in_torch_and_say_so_once():

@@ -140,6 +140,17 @@ def test_a_request_gives_the_same_text_alone_and_in_any_batch(model, text, direc
     assert not torch.equal(texts(model, ids, [1, 2, 3], text, direct=direct), whole)
 
 
+def test_a_loop_of_its_own_knows_padding_from_the_attention_mask(model):
+    ids = torch.tensor([[0, 0, 5, 6, 7], [9, 10, 11, 12, 13]])
+    chain = decal.parse("temperature(1.5)")
+
+    def text(ids, seeds):
+        asked = chain.generate_kwargs(seeds=seeds, direct=True, max_new_tokens=8, min_new_tokens=8)
+        return model.generate(ids, attention_mask=(ids != 0).long(), **asked)[:, ids.shape[1] :]
+
+    assert torch.equal(text(ids, [1, 2])[0], text(ids[:1, 2:], [1])[0])
+
+
 def test_several_sequences_of_a_request_differ_and_the_first_is_the_request_s(model):
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     one = texts(model, ids, [7, 8], "temperature(2)")
