@@ -31,7 +31,7 @@ ASKED_FOR = Backend("reference", None, "plain torch, as asked for")
 
 def _known(name: str) -> str:
     if name not in ("auto", "reference"):
-        raise ValueError(f"the backend is auto or reference, got {name!r}")
+        raise ValueError(f"the backend (DECAL_BACKEND) is auto or reference, got {name!r}")
     return name
 
 

@@ -46,7 +46,7 @@ def exponential(*keys: Tensor) -> Tensor:
     """Exponentially distributed numbers, one for each combination of ``keys``.
 
     They come from 52 random bits at the middle of their interval, and are exact in the small: the smallest is 2**-53, so that
-    in a race of exponentials also a token of probability 1e-15 wins as often as it should.
+    in a race of exponentials also a token of probability 1e-15 can win.
     """
     state = hashed(*keys)
     bits = 52 if wide(state.device) == torch.float64 else 23

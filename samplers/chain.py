@@ -204,7 +204,7 @@ class Chain:
 
         A row's token is a function of its logits, its seed and its position alone: the same in any batch, at any place in it.
         It is the winner of a race of exponentials, each a function of seed, position and token id with 52 random bits, so that
-        also tokens of probability 1e-15 are drawn as often as they should be.
+        also a token of probability 1e-15 can be drawn.
 
         Args:
             logits, history, state, check: as in `mask`; with ``check=False`` a row with nothing finite draws token 0.

@@ -50,7 +50,8 @@ def trace(steps: Sequence[Step]) -> Traced:
         row = SymbolicRow(builder, step.rule.reads)
         try:
             answer = step.settle(cast(BaseRow, row), values)
-        except Untraceable as error:
+        except Exception as error:
+            # The body has run on tensors when it was declared, so whatever it misses here is what programs don't have.
             raise Untraceable(f"{step.rule.name}: {error}") from None
         if isinstance(answer, Affine):
             builder.affine(builder.number(answer.scale), builder.number(answer.shift))

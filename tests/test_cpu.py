@@ -210,7 +210,7 @@ def test_explain_says_what_runs_where(capsys):
     with use("reference"):
         decal.parse("min_p(0.1)").explain()
     assert "backend: reference (plain torch, as asked for)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="auto or reference, got 'gpu'"), use("gpu"):
+    with pytest.raises(ValueError, match="is auto or reference, got 'gpu'"), use("gpu"):
         pass
 
 

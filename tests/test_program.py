@@ -76,6 +76,10 @@ def _function(row, p=P):
     return row.max - torch.sinh(p)
 
 
+def _not_a_number(row, p=P):
+    return row.max - (row.entropy.item() if isinstance(row.entropy, torch.Tensor) else row.entropy["nats"])
+
+
 def _state(row, p=P):
     return row.max - row.history.length
 
@@ -88,6 +92,7 @@ def _state(row, p=P):
         (_numpy, "needs the numbers of a row in Python"),
         (_method, r"uses Tensor\.amax"),
         (_function, r"uses torch\.sinh"),
+        (_not_a_number, "_not_a_number: "),
         (_state, "reads history"),
     ],
 )
