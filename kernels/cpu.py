@@ -195,7 +195,8 @@ def empty_like(logits: Tensor) -> Tensor:
     size = logits.numel() * logits.element_size()
     if size < REUSED:
         return torch.empty(logits.shape, dtype=logits.dtype)
-    fits = (key for key, block in list(_kept.items()) if block.size == size)
+    # A copy, as collecting garbage at any moment may give blocks back.
+    fits = (key for key, block in _kept.copy().items() if block.size == size)
     # Another thread may have been faster.
     found = (_kept.pop(key, None) for key in fits)
     block = next((one for one in found if one is not None), None)
