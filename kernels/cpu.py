@@ -7,102 +7,138 @@ where they pay, and never for a single row.
 
 from __future__ import annotations
 
+import ctypes
 import logging
-import os
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from decal.kernels.cpu_rows import BINS, BLOCK, MASK, TOKENS, VALUES, Work, run_rows, run_sums
+from decal.kernels.cpu_rows import AT, CALL, FLOATS, MASK, SUMS, TOKENS, VALUES, WORK, kept_in, rows_entry, sums_entry
 from decal.kernels.cpu_rows import UNFIT as UNFIT
 from decal.kernels.program import Program, bits_of
+from decal.kernels.threads import run as run_on
 
 _local = threading.local()
 
-
-def _work(width: int, dtype: np.dtype, top: float, maps: int) -> Work:
-    """The memory of this thread for rows of that kind."""
-    held = _local.__dict__.setdefault("work", {})
-    key = width, dtype, top, maps
-    if key not in held:
-        if len(held) >= 4:
-            held.clear()
-        limits = np.finfo(dtype)
-        ends = np.array([-np.inf, np.inf, top, limits.min, limits.max, 1.0, limits.tiny], dtype=dtype)
-        size = width + 8
-
-        def rows(of: Any) -> np.ndarray:
-            return np.empty(size, dtype=of)
-
-        held[key] = Work(
-            ends, np.empty(width // 32 + 64, dtype), rows(dtype), rows(dtype), rows(np.int32), rows(dtype), rows(np.int32),
-            np.empty((2, BINS + 1), np.int64), rows(np.uint32), rows(np.uint32), rows(np.uint8), np.empty(BLOCK),
-            np.empty((maps + 1, 3)),
-        )  # fmt: skip
-    return held[key]
-
-
-NO_NUMBERS, NO_ROWS, NO_WIDE_ROWS = np.empty(0, np.int64), np.empty((1, 1), np.float32), np.empty((1, 1))
-NATIVE = (torch.float32, torch.float64)
+NATIVE = {torch.float32: np.float32, torch.float64: np.float64}
 TYPES = (*NATIVE, torch.float16, torch.bfloat16)
 """Types of logits it takes."""
 TOP = {dtype: torch.finfo(dtype).max for dtype in TYPES}
+_CALL, _SUMS = (struct.Struct("=" + "".join("d" if n in FLOATS else "q" for n in names)) for names in (CALL, SUMS))
 
-
-@cache
-def _tell_of_compiling() -> None:
-    """Say so, where the first call will take long."""
-    if not any(Path(run_rows.stats.cache_path).glob("cpu_rows.run_rows-*.nbi")):
-        logging.getLogger("decal").warning("decal compiles its CPU code for this machine; that takes a while, but only once")
-
+_POINTERS, _INITIAL = struct.Struct("=5q"), struct.Struct("=2q")
+"""What differs from call to call."""
 
 PARALLEL = 1 << 18
 """Logits from which on another thread pays."""
 
 
+class _Compiled(NamedTuple):
+    address: int
+    call: Callable[[int], None]
+
+
 @cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "decal")
+def _compiled(entry: Callable[..., Any], *arguments: Any) -> _Compiled:
+    """Compiled code, by `decal.kernels.cpu_rows.rows_entry` or `sums_entry`."""
+    _tell_of_compiling()
+    function = entry(*arguments)
+    return _Compiled(function.address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address))
 
 
-def _divide(rows: int, cells: int, part: Callable[[int, int], None]) -> None:
-    """``part(first, last)`` over all rows, on as many threads as torch uses where that pays."""
-    threads = min(torch.get_num_threads(), rows) if cells >= PARALLEL else 1
-    if threads <= 1:
-        part(0, rows)
-        return
-    bounds = [rows * t // threads for t in range(threads + 1)]
-    others = [_pool(os.getpid(), threads - 1).submit(part, *bounds[t : t + 2]) for t in range(1, threads)]
-    part(0, bounds[1])
-    for other in others:
-        other.result()
+@cache
+def _tell_of_compiling() -> None:
+    """Say so, where the first call will take long."""
+    if not any(Path(kept_in()).glob("cpu_rows.*.nbi")):
+        logging.getLogger("decal").warning("decal compiles its CPU code for this machine; that takes a while, but only once")
+
+
+class _Memory:
+    """The memory of the threads that work for this one, on rows of one width and type."""
+
+    def __init__(self, width: int, dtype: type, maps: int, threads: int):
+        parts = [np.dtype(of or dtype).itemsize * count(width, maps) for of, count in WORK.values()]
+        offsets = np.cumsum([0, *(-(-part // ALIGNED) * ALIGNED for part in parts)])
+        self.size = int(offsets[-1])
+        self._offsets = offsets[:-1].astype(np.int64)
+        self.offsets = self._offsets.ctypes.data
+        self._block = np.empty(self.size * threads + ALIGNED, np.uint8)
+        self.address = -(-self._block.ctypes.data // ALIGNED) * ALIGNED
+        limits = np.finfo(dtype)
+        ends = np.array([-np.inf, np.inf, 0.0, limits.min, limits.max, 1.0, limits.tiny], dtype=dtype)
+        for thread in range(threads):
+            ctypes.memmove(self.address + thread * self.size, ends.ctypes.data, ends.nbytes)
+
+    @classmethod
+    def of(cls, *kind: Any) -> _Memory:
+        """This thread's, for the same arguments the same."""
+        held = _local.__dict__.setdefault("memory", {})
+        if kind not in held:
+            if len(held) >= 4:
+                held.clear()
+            held[kind] = cls(*kind)
+        return held[kind]
+
+
+ALIGNED = 64
+"""Bytes that parts of the memory are aligned to: a line of the cache."""
+
+
+def _run(code: _Compiled, call: bytearray, threads: int) -> None:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(call))
+    if threads > 1:
+        run_on(code.address, address, threads)
+    else:
+        code.call(address)
+
+
+def _threads(rows: int, cells: int) -> int:
+    """How many threads pay."""
+    return min(torch.get_num_threads(), rows) if cells >= PARALLEL else 1
 
 
 def running_sums(level: Tensor, alive: Tensor, scale: float, out: Mapping[str, Tensor]) -> None:
-    """See `decal.kernels.reference.running_sums`; moments ``s``, ``t``, ``q`` and ``h``."""
-    sums = [out[name].numpy() if name in out else NO_WIDE_ROWS for name in "stqh"]
-    arrays = level.contiguous().numpy(), alive.numpy()
-    wanted = bits_of(list(out))
-    _divide(len(level), level.numel(), lambda first, last: run_sums(*arrays, scale, wanted, first, last, *sums))
+    """See `decal.kernels.reference.running_sums`; moments ``s``, ``t``, ``q`` and ``h``, rows and sums float64."""
+    level, alive = level.contiguous(), alive.contiguous()
+    rows, width = level.shape
+    places = (out[name].data_ptr() if name in out else 0 for name in "stqh")
+    call = bytearray(
+        _SUMS.pack(level.data_ptr(), alive.data_ptr(), scale, bits_of(list(out)), width, rows, *places, 0)
+    )
+    _run(_compiled(sums_entry), call, _threads(rows, level.numel()))
 
 
-def _flat(logits: Tensor) -> tuple[np.ndarray, int]:
-    """The memory of rows as one array, and how far rows lie apart."""
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        logits = logits.contiguous()
-    rows, width = logits.shape
-    stride = logits.stride(0) if rows > 1 else width
-    if stride == width:
-        return logits.as_strided((rows * width,), (1,)).numpy(), width
-    return logits.as_strided(((rows - 1) * stride + width,), (1,)).numpy(), stride
+class _Plan(NamedTuple):
+    """What calls with one program on logits of one kind have in common."""
+
+    program: Program
+    memory: _Memory
+    code: _Compiled
+    threads: int
+    call: bytes
+
+
+def _plan(
+    program: Program, shape: torch.Size, stride: int, dtype: torch.dtype, kind: int, top: float, careful: bool, most: int
+) -> _Plan:
+    rows, width = shape
+    threads = min(most, rows) if rows * width >= PARALLEL else 1
+    native = NATIVE[dtype]
+    memory = _Memory.of(width, native, program.affines, threads)
+    code, initial = program.addresses
+    call = _CALL.pack(
+        0, 0, 0, 0, 0, initial, 1, stride, width, rows, program.registers, code, len(program.code), memory.address,
+        memory.size, memory.offsets, program.affines, kind, top, careful, 0, 0, 0,
+    )  # fmt: skip
+    return _Plan(program, memory, _compiled(rows_entry, native), threads, call)
 
 
 def run(
@@ -113,32 +149,45 @@ def run(
     *,
     top: float,
     careful: bool,
-    out: np.ndarray = NO_ROWS,
-    seeds: np.ndarray = NO_NUMBERS,
-    positions: np.ndarray = NO_NUMBERS,
-    tokens: np.ndarray = NO_NUMBERS,
-) -> np.ndarray:
+    out: Tensor | None = None,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    tokens: Tensor | None = None,
+) -> int:
     """Run ``program`` on float32 or float64 rows (B, V), any distance apart, and write what ``kind`` says; see `transform`.
 
     Args:
         top: the largest finite number of the type that the logits came in, and values are to have.
+
+    Returns:
+        The flags of all rows together, see `decal.kernels.cpu_rows`.
     """
-    _tell_of_compiling()
-    rows, width = logits.shape
-    flat, stride = _flat(logits)
-    initial = program.registers_of(parameters, rows)
-    flags = np.zeros(rows, np.uint8)
-    code = program.code_array
-    target = out if kind != TOKENS else NO_ROWS if flat.itemsize == 4 else NO_WIDE_ROWS
-
-    def part(first: int, last: int) -> None:
-        work = _work(width, flat.dtype, top, program.affines)
-        run_rows(
-            flat, stride, width, first, last, initial, code, work, target, kind, top, seeds, positions, tokens, flags, careful
-        )
-
-    _divide(rows, rows * width, part)
-    return flags
+    stride, along = logits.stride()
+    if along != 1:
+        logits = logits.contiguous()
+        stride = logits.stride(0)
+    plans = _local.__dict__.setdefault("plans", {})
+    # The plan holds the program, so no other one can come to have its number.
+    key = id(program), logits.shape, stride, logits.dtype, kind, top, careful, torch.get_num_threads(), PARALLEL
+    plan = plans.get(key)
+    if plan is None:
+        if len(plans) >= 64:
+            plans.clear()
+        plan = plans[key] = _plan(program, logits.shape, stride, logits.dtype, kind, top, careful, torch.get_num_threads())
+    call = bytearray(plan.call)
+    if out is not None:
+        _POINTERS.pack_into(call, 0, logits.data_ptr(), out.data_ptr(), 0, 0, 0)
+    else:
+        assert seeds is not None
+        assert positions is not None
+        assert tokens is not None
+        _POINTERS.pack_into(call, 0, logits.data_ptr(), 0, seeds.data_ptr(), positions.data_ptr(), tokens.data_ptr())
+    if program.columns:
+        assert parameters is not None
+        registers = program.registers_of(parameters, len(logits))
+        _INITIAL.pack_into(call, AT["initial"], registers.ctypes.data, len(logits))
+    _run(plan.code, call, plan.threads)
+    return call[AT["flags"]]
 
 
 def transform(
@@ -149,8 +198,8 @@ def transform(
     mask: bool = False,
     out: Tensor | None = None,
     careful: bool = False,
-) -> tuple[Tensor, np.ndarray]:
-    """What a program makes of logits (B, V), in their type, and flags (B,), see `decal.kernels.cpu_rows`.
+) -> tuple[Tensor, int]:
+    """What a program makes of logits (B, V), in their type, and the flags of all rows, see `decal.kernels.cpu_rows`.
 
     Args:
         parameters: (B, columns) float64, for programs with per-row parameters.
@@ -162,7 +211,7 @@ def transform(
     plain = logits if dtype in NATIVE else logits.float()
     target = out if out is not None and out.dtype == plain.dtype and out.is_contiguous() else empty_like(plain)
     kind = MASK if mask or program.is_mask else VALUES
-    flags = run(program, plain, parameters, kind, top=TOP[dtype], careful=careful, out=target.numpy())
+    flags = run(program, plain, parameters, kind, top=TOP[dtype], careful=careful, out=target)
     if out is None:
         return target if plain is logits else target.to(dtype), flags
     return target if out is target else out.copy_(target), flags
@@ -170,14 +219,14 @@ def transform(
 
 def sample(
     program: Program, logits: Tensor, seeds: Tensor, positions: Tensor, parameters: Tensor | None = None, careful: bool = False
-) -> tuple[Tensor, np.ndarray]:
+) -> tuple[Tensor, int]:
     """Tokens (B,) drawn from what a program makes of logits, and flags; ``seeds`` and ``positions`` are (B,) int64."""
     plain = logits if logits.dtype in NATIVE else logits.float()
     tokens = torch.empty(len(logits), dtype=torch.int64)
-    keys = seeds.contiguous().numpy(), positions.contiguous().numpy()
+    seeds, positions = seeds.contiguous(), positions.contiguous()
+    top = TOP[logits.dtype]
     flags = run(
-        program, plain, parameters, TOKENS, top=TOP[logits.dtype], careful=careful, seeds=keys[0], positions=keys[1],
-        tokens=tokens.numpy(),
+        program, plain, parameters, TOKENS, top=top, careful=careful, seeds=seeds, positions=positions, tokens=tokens
     )  # fmt: skip
     return tokens, flags
 
@@ -192,9 +241,9 @@ _kept: dict[int, np.ndarray] = {}
 
 def empty_like(logits: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of that shape and type."""
-    size = logits.numel() * logits.element_size()
+    size = logits.nbytes
     if size < REUSED:
-        return torch.empty(logits.shape, dtype=logits.dtype)
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
     # A copy, as collecting garbage at any moment may give blocks back.
     fits = (key for key, block in _kept.copy().items() if block.size == size)
     # Another thread may have been faster.

@@ -15,15 +15,17 @@ subtracted before, shift; a *value* is a raw logit after all maps, in float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic, overload
 
 from decal.kernels import mass as integer
 from decal.kernels import random
-from decal.kernels.program import MOMENT_NAMES, Op
+from decal.kernels.program import FIELDS, MOMENT_NAMES, Op
 from decal.kernels.statistics import FARTHEST
 
 LOG2E, ROUND, LOWEST, FIXED, UNIT = integer.LOG2E, integer.ROUND, integer.LOWEST, integer.FIXED, integer.UNIT
@@ -973,7 +975,7 @@ def _gather_again(n, low, high, work):
 
 
 class Work(NamedTuple):
-    """Memory of a thread for rows of one width and type: see `_row`."""
+    """Memory of a thread for rows of one width and type: see `_row`, and `WORK` for what each part holds."""
 
     ends: Any
     maxima: Any
@@ -988,6 +990,25 @@ class Work(NamedTuple):
     marks: Any
     buffer: Any
     maps: Any
+
+
+WORK: dict[str, tuple[Any, Callable[[int, int], int]]] = {
+    "ends": (None, lambda width, maps: 7),
+    "maxima": (None, lambda width, maps: width // 32 + 64),
+    "clean": (None, lambda width, maps: width + 8),
+    "kept": (None, lambda width, maps: width + 8),
+    "ids": (np.int32, lambda width, maps: width + 8),
+    "found": (None, lambda width, maps: width + 8),
+    "places": (np.int32, lambda width, maps: width + 8),
+    "bins": (np.int64, lambda width, maps: 2 * (BINS + 1)),
+    "scratch": (np.uint32, lambda width, maps: width + 8),
+    "keys": (np.uint32, lambda width, maps: width + 8),
+    "marks": (np.uint8, lambda width, maps: width + 8),
+    "buffer": (np.float64, lambda width, maps: BLOCK),
+    "maps": (np.float64, lambda width, maps: 3 * (maps + 1)),
+}
+"""Types of the parts of a thread's memory, None where it is the type of the logits, and how many elements they have for rows of
+a width and programs with so many maps."""
 
 
 @_jit
@@ -1122,45 +1143,6 @@ def _row(x, registers, code, work, out, kind, top, seed, position, careful):
     return token, flags
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def run_sums(level, alive, scale, wanted, first, last, s, t, q, h):
-    """Running sums of rows [first, last); see `decal.kernels.reference.running_sums`. Outputs that aren't wanted are empty."""
-    weights = np.empty(BLOCK)
-    for r in range(first, last):
-        sums_s, sums_t, sums_q, sums_h = 0.0, 0.0, 0.0, 0.0
-        if wanted & S_:
-            s[r, 0] = 0.0
-        if wanted & T_:
-            t[r, 0] = 0.0
-        if wanted & Q_:
-            q[r, 0] = 0.0
-        if wanted & H_:
-            h[r, 0] = 0.0
-        for start in range(0, level.shape[1], BLOCK):
-            stop = min(start + BLOCK, level.shape[1])
-            part, e = level[r, start:stop], weights[: stop - start]
-            for i in range(part.shape[0]):
-                w = _weight(scale * part[i])
-                e[i] = w if start + i < alive[r] else 0.0
-            if wanted & S_:
-                for i in range(part.shape[0]):
-                    sums_s += e[i]
-                    s[r, start + i + 1] = sums_s
-            if wanted & T_:
-                for i in range(part.shape[0]):
-                    d = scale * part[i]
-                    sums_t += (d if d > FARTHEST else FARTHEST) * e[i]
-                    t[r, start + i + 1] = sums_t
-            if wanted & Q_:
-                for i in range(part.shape[0]):
-                    sums_q += e[i] * e[i]
-                    q[r, start + i + 1] = sums_q
-            if wanted & H_:
-                for i in range(part.shape[0]):
-                    sums_h += _weight(0.5 * scale * part[i]) if start + i < alive[r] else 0.0
-                    h[r, start + i + 1] = sums_h
-
-
 @_jit
 def _within(x, n, maps, k, center, radius, buffer, ends):
     """Smallest and largest element whose value lies within ``radius`` of ``center``."""
@@ -1226,17 +1208,184 @@ def _write_values(raw, n, ids, whole, low, high, maps, k, peak, top, out, buffer
                 out[ids[start + i]] = values[i]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def run_rows(flat, stride, width, first, last, initial, code, work, out, kind, top, seeds, positions, tokens, flags, careful):
-    """Run a program on rows [first, last); see `_row`."""
-    count = initial.shape[1]
-    registers = np.empty((count, 1))
-    for r in range(first, last):
-        registers[:, 0] = initial[r if initial.shape[0] > 1 else 0]
-        x = flat[r * stride : r * stride + width]
-        target = out[r] if kind <= VALUES else out[0]
-        seed, position = (seeds[r], positions[r]) if kind == TOKENS else (np.int64(0), np.int64(0))
-        token, flag = _row(x, registers, code, work, target, kind, top, seed, position, careful)
-        flags[r] = flag
-        if kind == TOKENS:
-            tokens[r] = token
+# ---- calls
+
+
+# fmt: off
+CALL = ("logits", "out", "seeds", "positions", "tokens", "initial", "initial_rows", "stride", "width", "rows", "registers",
+        "code", "instructions", "work", "size", "parts", "maps", "kind", "top", "careful", "next_row", "next_work", "flags")
+# fmt: on
+"""What `rows_entry` is told, each in 8 bytes: integers, of which arrays are the address, except for ``top``.
+
+``work`` is memory for threads, ``size`` bytes for each, in which the parts lie at the offsets ``parts``. Threads count up
+``next_row`` and ``next_work`` to divide the rows and the memory between them, and gather the rows' flags in ``flags``.
+"""
+SUMS = ("level", "alive", "scale", "wanted", "width", "rows", "s", "t", "q", "h", "next_row")
+"""What `sums_entry` is told, likewise; integers except for ``scale``."""
+FLOATS = {"top", "scale"}
+
+
+def record(names: tuple[str, ...]) -> np.dtype:
+    """The layout of `CALL` or `SUMS`."""
+    return np.dtype([(name, np.float64 if name in FLOATS else np.int64) for name in names])
+
+
+CALL_LAYOUT, SUMS_LAYOUT = record(CALL), record(SUMS)
+AT, SUMS_AT = ({name: 8 * place for place, name in enumerate(names)} for names in (CALL, SUMS))
+"""How many bytes from the start each field lies."""
+NEXT_ROW, NEXT_WORK, FLAGS, SUMS_NEXT_ROW = AT["next_row"], AT["next_work"], AT["flags"], SUMS_AT["next_row"]
+
+
+@intrinsic
+def _pointer(context: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _address(context: Any, pointer: Any) -> Any:
+    """A pointer as an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ptrtoint(args[0], ir.IntType(64))
+
+    return types.int64(types.voidptr), generate
+
+
+@intrinsic
+def _take(context: Any, address: Any) -> Any:
+    """The int64 at that address, which is one more afterwards; no two threads get the same."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _atomically(builder, "add", args[0], ir.Constant(ir.IntType(64), 1))
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _set_bits(context: Any, address: Any, bits: Any) -> Any:
+    """Set bits of the int64 at that address, whatever other threads set; gives what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _atomically(builder, "or", *args)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+def _atomically(builder: Any, operation: str, address: Any, operand: Any) -> Any:
+    pointer = builder.inttoptr(address, ir.IntType(64).as_pointer())
+    return builder.atomic_rmw(operation, pointer, operand, "monotonic")
+
+
+def kept_in() -> str:
+    """The folder in which compiled code is kept."""
+    return njit(cache=True)(_mix.py_func).stats.cache_path
+
+
+def rows_entry(dtype: type) -> Any:
+    """The compiled function, on the address of a `CALL`, that runs a program on rows of that type; compiles it if need be.
+
+    Any number of threads may run it on the same call at once, and share the rows.
+    """
+
+    def run_rows(pointer):
+        call = carray(pointer, 1, CALL_LAYOUT)[0]
+        here = _address(pointer)
+        width, stride, kind, maps = call.width, call.stride, call.kind, call.maps
+        initial = carray(_pointer(call.initial), (call.initial_rows, call.registers), np.float64)
+        code = carray(_pointer(call.code), (call.instructions, FIELDS), np.int32)
+        at = carray(_pointer(call.parts), 13, np.int64)
+        mine = call.work + call.size * _take(here + NEXT_WORK)
+        work = Work(
+            carray(_pointer(mine + at[0]), 7, dtype),
+            carray(_pointer(mine + at[1]), width // 32 + 64, dtype),
+            carray(_pointer(mine + at[2]), width + 8, dtype),
+            carray(_pointer(mine + at[3]), width + 8, dtype),
+            carray(_pointer(mine + at[4]), width + 8, np.int32),
+            carray(_pointer(mine + at[5]), width + 8, dtype),
+            carray(_pointer(mine + at[6]), width + 8, np.int32),
+            carray(_pointer(mine + at[7]), (2, BINS + 1), np.int64),
+            carray(_pointer(mine + at[8]), width + 8, np.uint32),
+            carray(_pointer(mine + at[9]), width + 8, np.uint32),
+            carray(_pointer(mine + at[10]), width + 8, np.uint8),
+            carray(_pointer(mine + at[11]), BLOCK, np.float64),
+            carray(_pointer(mine + at[12]), (maps + 1, 3), np.float64),
+        )
+        work.ends[2] = call.top
+        registers = np.empty((call.registers, 1))
+        bytes_each = np.int64(work.ends.itemsize)
+        while True:
+            r = _take(here + NEXT_ROW)
+            if r >= call.rows:
+                break
+            registers[:, 0] = initial[r if call.initial_rows > 1 else 0]
+            x = carray(_pointer(call.logits + r * stride * bytes_each), width, dtype)
+            if kind == TOKENS:
+                seed = carray(_pointer(call.seeds), call.rows, np.int64)[r]
+                position = carray(_pointer(call.positions), call.rows, np.int64)[r]
+                token, flag = _row(x, registers, code, work, work.kept, kind, call.top, seed, position, call.careful != 0)
+                carray(_pointer(call.tokens), call.rows, np.int64)[r] = token
+            else:
+                out = carray(_pointer(call.out + r * width * bytes_each), width, dtype)
+                _, flag = _row(x, registers, code, work, out, kind, call.top, 0, 0, call.careful != 0)
+            if flag:
+                _set_bits(here + FLAGS, np.int64(flag))
+
+    return cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(run_rows)
+
+
+def sums_entry() -> Any:
+    """The compiled function, on the address of a `SUMS`, that does `decal.kernels.reference.running_sums`; see `rows_entry`."""
+
+    def run_sums(pointer):
+        call = carray(pointer, 1, SUMS_LAYOUT)[0]
+        here = _address(pointer)
+        rows, width, scale, wanted = call.rows, call.width, call.scale, call.wanted
+        level = carray(_pointer(call.level), (rows, width), np.float64)
+        alive = carray(_pointer(call.alive), rows, np.int64)
+        # A moment that isn't wanted has no memory, and is never touched.
+        s, t = carray(_pointer(call.s), (rows, width + 1), np.float64), carray(_pointer(call.t), (rows, width + 1), np.float64)
+        q, h = carray(_pointer(call.q), (rows, width + 1), np.float64), carray(_pointer(call.h), (rows, width + 1), np.float64)
+        weights = np.empty(BLOCK)
+        while True:
+            r = _take(here + SUMS_NEXT_ROW)
+            if r >= rows:
+                break
+            sums_s, sums_t, sums_q, sums_h = 0.0, 0.0, 0.0, 0.0
+            if wanted & S_:
+                s[r, 0] = 0.0
+            if wanted & T_:
+                t[r, 0] = 0.0
+            if wanted & Q_:
+                q[r, 0] = 0.0
+            if wanted & H_:
+                h[r, 0] = 0.0
+            for start in range(0, width, BLOCK):
+                stop = min(start + BLOCK, width)
+                part, e = level[r, start:stop], weights[: stop - start]
+                for i in range(part.shape[0]):
+                    w = _weight(scale * part[i])
+                    e[i] = w if start + i < alive[r] else 0.0
+                if wanted & S_:
+                    for i in range(part.shape[0]):
+                        sums_s += e[i]
+                        s[r, start + i + 1] = sums_s
+                if wanted & T_:
+                    for i in range(part.shape[0]):
+                        d = scale * part[i]
+                        sums_t += (d if d > FARTHEST else FARTHEST) * e[i]
+                        t[r, start + i + 1] = sums_t
+                if wanted & Q_:
+                    for i in range(part.shape[0]):
+                        sums_q += e[i] * e[i]
+                        q[r, start + i + 1] = sums_q
+                if wanted & H_:
+                    for i in range(part.shape[0]):
+                        sums_h += _weight(0.5 * scale * part[i]) if start + i < alive[r] else 0.0
+                        h[r, start + i + 1] = sums_h
+
+    return cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(run_sums)

@@ -35,7 +35,8 @@ def _known(name: str) -> str:
     return name
 
 
-_chosen = [_known(os.environ.get("DECAL_BACKEND", "auto"))]
+asked = [_known(os.environ.get("DECAL_BACKEND", "auto"))]
+"""What was asked for, last."""
 
 
 @contextmanager
@@ -44,16 +45,16 @@ def use(name: str) -> Iterator[None]:
 
     The environment variable ``DECAL_BACKEND`` does the same for a process.
     """
-    _chosen.append(_known(name))
+    asked.append(_known(name))
     try:
         yield
     finally:
-        _chosen.pop()
+        asked.pop()
 
 
 def choose(device: str = "cpu") -> Backend:
     """The backend for tensors on that type of device."""
-    return ASKED_FOR if _chosen[-1] == "reference" else _best(device)
+    return ASKED_FOR if asked[-1] == "reference" else _best(device)
 
 
 @cache

@@ -125,11 +125,13 @@ class Program:
             values[register] = value
         return values
 
-    def registers_of(self, parameters: Tensor | None, rows: int) -> np.ndarray:
-        """(1 or rows, registers) float64: what the registers hold in the beginning; ``parameters`` are (rows, columns)."""
-        if not self.columns:
-            return self.initial[None]
-        assert parameters is not None
+    @cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Of `code_array` and `initial`."""
+        return self.code_array.ctypes.data, self.initial.ctypes.data
+
+    def registers_of(self, parameters: Tensor, rows: int) -> np.ndarray:
+        """(rows, registers) float64: what the registers hold in the beginning; ``parameters`` are (rows, columns)."""
         values = np.repeat(self.initial[None], rows, 0)
         values[:, list(self.columns)] = parameters.detach().double().cpu().numpy()
         return values

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 import torch
 from torch import Tensor
 
-from decal.kernels import reference
+from decal.kernels import dispatch, reference
 from decal.kernels.dispatch import choose
 from decal.kernels.mass import MOST_TOKENS, wide
 from decal.kernels.program import Untraceable
@@ -230,9 +230,8 @@ class Chain:
         if torch.compiler.is_compiling():
             operands = _operands(self)
             return torch.ops.decal.sample(logits, seeds, positions, *operands), Seen({})
-        self._admit(logits, history, state)
+        whole, backend = self._admit(logits, history, state)
         seeds, positions = (_per_row(n, v, logits) for n, v in (("seeds", seeds), ("positions", positions)))
-        whole, backend = self._whole(logits)
         if whole is not None:
             tokens, flags = backend.sample(whole.program, logits, seeds, positions, whole.parameters(), careful=check)
             self._check(logits, check, flags)
@@ -279,9 +278,8 @@ class Chain:
         if torch.compiler.is_compiling():
             operands = _operands(self)  # registers the operators
             return torch.ops.decal.transform(logits, *operands, mask), Seen({})
-        self._admit(logits, history, state)
+        whole, backend = self._admit(logits, history, state)
         mask = mask or self.only_cuts
-        whole, backend = self._whole(logits)
         if whole is not None:
             processed, flags = backend.transform(whole.program, logits, whole.parameters(), mask=mask, careful=check)
             self._check(logits, check, flags)
@@ -293,8 +291,32 @@ class Chain:
             return logits.masked_fill(z_BV.isneginf(), -torch.inf), seen
         return reference.narrow(z_BV, logits.dtype), seen
 
+    def _admit(self, logits: Tensor, history: History | None, state: State | None) -> tuple[Traced | None, Any]:
+        """The chain as one program, and the module that can run it on ``logits``; None if there is none.
+
+        Raises:
+            DecalError: they don't go together.
+        """
+        # Logits like earlier ones need no second look, which would take longer than many a chain.
+        key = None
+        if history is None and state is None and type(logits) is Tensor and not logits.requires_grad:
+            key = logits.shape, logits.dtype, logits.device, dispatch.asked[-1]
+            known = self._admitted.get(key)
+            if known is not None:
+                return known
+        self._check_arguments(logits, history, state)
+        found = self._whole(logits)
+        if key is not None:
+            if len(self._admitted) >= 64:
+                self._admitted.clear()
+            self._admitted[key] = found
+        return found
+
+    @cached_property
+    def _admitted(self) -> dict[Any, tuple[Traced | None, Any]]:
+        return {}
+
     def _whole(self, logits: Tensor) -> tuple[Traced | None, Any]:
-        """The chain as one program, and the module that can run it on ``logits``; None if there is none."""
         backend = self._compiled(logits, logits.dtype)
         if backend is None or not self._traceable:
             return None, None
@@ -375,7 +397,7 @@ class Chain:
             z_BV = run_pass(one, z_BV, Context(), {})
         return z_BV
 
-    def _admit(self, logits: Tensor, history: History | None, state: State | None) -> None:
+    def _check_arguments(self, logits: Tensor, history: History | None, state: State | None) -> None:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or 0 in logits.shape:
             got = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
             raise DecalError(f"logits must be a floating-point tensor of shape (B, V), got {got}")
@@ -396,9 +418,9 @@ class Chain:
             raise DecalError(f"the model has {len(self.weights.head)} output embeddings, the logits {logits.shape[1]} tokens")
 
     @staticmethod
-    def _check(logits: Tensor, check: bool, flags: Any = None) -> None:
-        """Raise on rows that no model should produce. ``flags`` tell which are, if they are known."""
-        if not check or (flags is not None and not flags.any()):
+    def _check(logits: Tensor, check: bool, flags: int | None = None) -> None:
+        """Raise on rows that no model should produce. ``flags`` tell whether there are any, if that is known."""
+        if not check or flags == 0:
             return
         bad = logits.isnan() | logits.isposinf()
         if bad.any():
@@ -509,9 +531,9 @@ class Chain:
         return generate_kwargs(self, kwargs, requests, direct, seeds)
 
 
-def _done(flags: Any, backend: Any) -> bool:
+def _done(flags: int | None, backend: Any) -> bool:
     """Whether compiled code could do every row; what it couldn't, plain torch does again, all of it."""
-    return flags is None or not (flags & backend.UNFIT).any()
+    return not flags or not flags & backend.UNFIT
 
 
 def _operands(chain: Chain) -> tuple[Any, ...]:
