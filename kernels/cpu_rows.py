@@ -392,13 +392,14 @@ def _scatter(places, masses, bins):
 
 
 @_jit
-def _crossed(bins, share):
-    """The bin at which the running mass reaches a share of the whole, the mass before it, and the mass to be reached."""
-    total = np.int64(0)
+def _crossed(bins, share, total):
+    """The bin at which the running mass reaches a share of ``total``, or of what is in the bins if that is -1; the mass before
+    it, and the mass to be reached."""
+    inside = np.int64(0)
     for b in range(BINS + 1):
         bins[0, b] += bins[1, b]
-        total += bins[0, b]
-    target = _needed(share, total)
+        inside += bins[0, b]
+    target = _needed(share, inside if total < 0 else total)
     b, reached = np.int64(0), np.int64(0)
     while b < BINS and reached + bins[0, b] < target:
         reached += bins[0, b]
@@ -414,12 +415,9 @@ def _bin_below(x, top, scale):
 
 
 @_jit
-def _upper_bin(x, n, top, maps, k, peak, share, work):
-    """The elements, into ``work.found``, among which a share of the mass is reached from the top; how many, the mass above
-    them, and the mass to be reached."""
-    # What is below 1 - share of the mass even if every element had as much of it as this one is never needed.
-    reach = min(30.0, math.log(np.float64(n) / max(1.0 - share, 1e-9)) + 0.01)
-    lowest = max(_first_at_least(peak - reach, maps, k, work.ends), work.ends[3])
+def _upper_bin(x, n, top, lowest, maps, k, peak, share, total, work):
+    """The elements, into ``work.found``, among which a share of ``total`` (see `_crossed`) is reached from the top; how many, the
+    mass above them, and the mass to be reached. ``lowest``: where they are likely to be above."""
     # In the type of the logits: all that matters is that a larger logit has no larger number.
     scale = work.ends[5] * BINS / max(top - lowest, work.ends[6])
     work.bins[:] = 0
@@ -438,7 +436,7 @@ def _upper_bin(x, n, top, maps, k, peak, share, work):
         for i in range(part.shape[0]):
             place[i] = _bin_below(part[i], top, scale)
         _scatter(place, mass, work.bins)
-    b, above, target = _crossed(work.bins, share)
+    b, above, target = _crossed(work.bins, share, total)
     # The raw logits of a bin are an interval.
     low, high = _edge(b + 1, top, scale, work.ends), _edge(b, top, scale, work.ends)
     count = _gather_values(x, n, low, high, work.found, work.marks)
@@ -500,7 +498,7 @@ def _nearest_bin(x, n, maps, k, peak, center, share, work):
             mass[i] = _fixed(_weight(values[i] - peak))
             place[i] = _bin_around(values[i], center, scale)
         _scatter(place, mass, work.bins)
-    b, nearer, target = _crossed(work.bins, share)
+    b, nearer, target = _crossed(work.bins, share, np.int64(-1))
     count = np.int64(0)
     dropped = work.ends[0]
     for start in range(0, n, BLOCK):
@@ -687,32 +685,51 @@ def _mass_upper(x, n, maxima, groups, maps, k, peak, share, total, work):
         if total < 0:
             total = _mass_of(work.found, count, maps, k, peak, work.buffer)
         return _walk(work.found, count, np.int64(0), _needed(share, total), maps, k, peak)[0]
-    heads, enough = _head_holds(x, n, maxima, groups, maps, k, peak, share, work)
+    heads, enough, level = _head_holds(x, n, maxima, groups, maps, k, peak, share, work)
+    if total < 0 and (enough or level > work.ends[0]):
+        total = _mass_of(x, n, maps, k, peak, work.buffer)
     if enough:
-        if total < 0:
-            total = _mass_of(x, n, maps, k, peak, work.buffer)
         _sort_descending(work.found, heads, work.scratch, work.keys)
         answer, reached = _walk(work.found, heads, np.int64(0), _needed(share, total), maps, k, peak)
         if reached:
             return answer
-    count, above, target = _upper_bin(x, n, _largest(maxima, groups, work.ends), maps, k, peak, share, work)
+    top = _largest(maxima, groups, work.ends)
+    if level > work.ends[0]:
+        some = _gather_values(x, n, level, top, work.found, work.marks)
+        answer, reached = _upper_among(work.found, some, top, level, maps, k, peak, share, total, work)
+        if reached:
+            return answer
+    # What is below 1 - share of the mass even if every element had as much of it as this one is never needed.
+    reach = min(30.0, math.log(np.float64(n) / max(1.0 - share, 1e-9)) + 0.01)
+    lowest = max(_first_at_least(peak - reach, maps, k, work.ends), work.ends[3])
+    return _upper_among(x, n, top, lowest, maps, k, peak, share, total, work)[0]
+
+
+@_jit
+def _upper_among(x, n, top, lowest, maps, k, peak, share, total, work):
+    """Raw logit of the last of the elements x[:n], of which the first ones hold a share of ``total``, and whether they do;
+    ``x`` may be ``work.found``."""
+    count, above, target = _upper_bin(x, n, top, lowest, maps, k, peak, share, total, work)
     _sort_descending(work.found, count, work.scratch, work.keys)
-    return _walk(work.found, count, above, target, maps, k, peak)[0]
+    return _walk(work.found, count, above, target, maps, k, peak)
 
 
 @_jit
 def _head_holds(x, n, maxima, groups, maps, k, peak, share, work):
-    """The largest few elements, into ``work.found``: how many, and whether they are likely to hold a share of the mass."""
+    """The largest few elements, into ``work.found``: how many, and whether they are likely to hold a share of the mass; and a
+    level above which few elements are likely to hold it, -inf if it takes many."""
+    dropped = work.ends[0]
     level = _level_of(maxima, groups, max(1, min(32, groups // 64)), work)
     heads = _gather_groups(x, n, maxima, groups, level, work.found, work.places, np.int64(SAMPLE))
     if heads > SAMPLE:
-        return heads, False
+        return heads, False, dropped
     head = np.float64(_mass_of(work.found, heads, maps, k, peak, work.buffer)) * UNIT
     step, factor = n // SAMPLE, np.float64(n) / SAMPLE
     some = np.empty(SAMPLE, x.dtype)
     for j in range(SAMPLE):
         v = x[j * step + j % step]
-        some[j] = v if v < level else work.ends[0]
+        some[j] = v if v < level else dropped
+    _sort_descending(some, SAMPLE, work.scratch, work.keys)
     values = work.buffer[:SAMPLE]
     _values(some, 0, SAMPLE, maps, k, values)
     for j in range(SAMPLE):
@@ -721,7 +738,14 @@ def _head_holds(x, n, maxima, groups, maps, k, peak, share, work):
     for j in range(SAMPLE):
         rest += values[j]
         square += values[j] * values[j]
-    return heads, head >= share * (head + rest + 4.0 * math.sqrt(square))
+    enough = head >= share * (head + rest + 4.0 * math.sqrt(square))
+    # Far enough down that it rarely fails, in which case the whole row is divided.
+    wanted = (1.0 - 0.25 * (1.0 - share)) * (head + rest)
+    j = 0
+    while j < SAMPLE // 16 and head < wanted:
+        head += values[j]
+        j += 1
+    return heads, enough, some[j] if head >= wanted else dropped
 
 
 @_jit
