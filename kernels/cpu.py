@@ -73,7 +73,7 @@ class _Memory:
         self._block = np.empty(self.size * threads + ALIGNED, np.uint8)
         self.address = -(-self._block.ctypes.data // ALIGNED) * ALIGNED
         limits = np.finfo(dtype)
-        ends = np.array([-np.inf, np.inf, 0.0, limits.min, limits.max, 1.0, limits.tiny], dtype=dtype)
+        ends: Any = np.array([-np.inf, np.inf, 0.0, limits.min, limits.max, 1.0, limits.tiny], dtype=dtype)
         for thread in range(threads):
             ctypes.memmove(self.address + thread * self.size, ends.ctypes.data, ends.nbytes)
 
@@ -110,9 +110,7 @@ def running_sums(level: Tensor, alive: Tensor, scale: float, out: Mapping[str, T
     level, alive = level.contiguous(), alive.contiguous()
     rows, width = level.shape
     places = (out[name].data_ptr() if name in out else 0 for name in "stqh")
-    call = bytearray(
-        _SUMS.pack(level.data_ptr(), alive.data_ptr(), scale, bits_of(list(out)), width, rows, *places, 0)
-    )
+    call = bytearray(_SUMS.pack(level.data_ptr(), alive.data_ptr(), scale, bits_of(list(out)), width, rows, *places, 0))
     _run(_compiled(sums_entry), call, _threads(rows, level.numel()))
 
 
@@ -222,7 +220,7 @@ def sample(
 ) -> tuple[Tensor, int]:
     """Tokens (B,) drawn from what a program makes of logits, and flags; ``seeds`` and ``positions`` are (B,) int64."""
     plain = logits if logits.dtype in NATIVE else logits.float()
-    tokens = torch.empty(len(logits), dtype=torch.int64)
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
     seeds, positions = seeds.contiguous(), positions.contiguous()
     top = TOP[logits.dtype]
     flags = run(

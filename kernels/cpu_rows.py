@@ -416,8 +416,8 @@ def _bin_below(x, top, scale):
 
 @_jit
 def _upper_bin(x, n, top, lowest, maps, k, peak, share, total, work):
-    """The elements, into ``work.found``, among which a share of ``total`` (see `_crossed`) is reached from the top; how many, the
-    mass above them, and the mass to be reached. ``lowest``: where they are likely to be above."""
+    """The elements, into ``work.found``, among which a share of ``total`` (see `_crossed`) is reached from the top; how many,
+    the mass above them, and the mass to be reached. They are likely to be above ``lowest``."""
     # In the type of the logits: all that matters is that a larger logit has no larger number.
     scale = work.ends[5] * BINS / max(top - lowest, work.ends[6])
     work.bins[:] = 0

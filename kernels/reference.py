@@ -80,12 +80,13 @@ def _crossing(reached: Tensor, share: Tensor) -> Tensor:
 
 def upper(z_BV: Tensor, *, count: Tensor | None = None, mass: Tensor | None = None) -> Tensor:
     """Logit of the last token of the smallest top set that holds ``count`` tokens, or ``mass`` of the probability; (B, 1)."""
-    ranked = z_BV.sort(-1, descending=True).values
-    last = (ranked.isfinite().sum(-1, keepdim=True) - 1).clamp(min=0)
+    last = (z_BV.isfinite().sum(-1, keepdim=True) - 1).clamp(min=0)
     if count is not None:
-        index = count.clamp(1, ranked.shape[-1]).long().expand_as(last) - 1
+        index = count.clamp(1, z_BV.shape[-1]).long().expand_as(last) - 1
+        ranked = z_BV.topk(int(index.max()) + 1, -1).values
     else:
         assert mass is not None
+        ranked = z_BV.sort(-1, descending=True).values
         index = _crossing(masses(ranked).cumsum(-1), mass)
     return ranked.gather(-1, index.minimum(last))
 

@@ -1,7 +1,7 @@
 """Running compiled code on several threads at once.
 
-The threads are those that torch runs its own operators on, where it has them from GNU's OpenMP, as on Linux: they are awake after
-an operator, and two pools would fight for the cores. Elsewhere, and in a process forked from another, they are Python's.
+The threads are those that torch runs its own operators on, where it has them from GNU's OpenMP, as on Linux: they are awake
+after an operator, and two pools would fight for the cores. Elsewhere, and in a process forked from another, they are Python's.
 """
 
 from __future__ import annotations

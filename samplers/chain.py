@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from decal.kernels import dispatch, reference
 from decal.kernels.dispatch import choose
@@ -100,6 +101,9 @@ class Seen(NamedTuple):
     the logits it was given, (B, V)."""
 
     rows: Mapping[int, Tensor]
+
+
+NOTHING_SEEN = Seen({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,16 +231,16 @@ class Chain:
         check: bool = True,
     ) -> tuple[Tensor, Seen]:
         """What `sample` gives, and what `observe` wants to know of the step. Arguments as in `sample`."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             operands = _operands(self)
-            return torch.ops.decal.sample(logits, seeds, positions, *operands), Seen({})
+            return torch.ops.decal.sample(logits, seeds, positions, *operands), NOTHING_SEEN
         whole, backend = self._admit(logits, history, state)
         seeds, positions = (_per_row(n, v, logits) for n, v in (("seeds", seeds), ("positions", positions)))
         if whole is not None:
             tokens, flags = backend.sample(whole.program, logits, seeds, positions, whole.parameters(), careful=check)
             self._check(logits, check, flags)
             if _done(flags, backend):
-                return tokens, Seen({})
+                return tokens, NOTHING_SEEN
         self._check(logits, check)
         z_BV, seen = self._run(logits, history, state, whole is None)
         return reference.draw(z_BV, seeds[:, None], positions[:, None]), seen
@@ -275,16 +279,16 @@ class Chain:
     def _processed(
         self, logits: Tensor, check: bool, history: History | None, state: State | None, mask: bool = False
     ) -> tuple[Tensor, Seen]:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             operands = _operands(self)  # registers the operators
-            return torch.ops.decal.transform(logits, *operands, mask), Seen({})
+            return torch.ops.decal.transform(logits, *operands, mask), NOTHING_SEEN
         whole, backend = self._admit(logits, history, state)
         mask = mask or self.only_cuts
         if whole is not None:
             processed, flags = backend.transform(whole.program, logits, whole.parameters(), mask=mask, careful=check)
             self._check(logits, check, flags)
             if _done(flags, backend):
-                return processed, Seen({})
+                return processed, NOTHING_SEEN
         self._check(logits, check)
         z_BV, seen = self._run(logits, history, state, whole is None)
         if mask:
@@ -641,7 +645,12 @@ def _admit_tokens(tokens: Any, rows: int, vocabulary: int) -> Tensor:
 
 def _per_row(name: str, value: Any, logits: Tensor) -> Tensor:
     """``value`` as (B,) int64. Raises DecalError."""
-    rows = len(logits)
+    rows = logits.shape[0]
+    # The usual ones, with few operators.
+    if type(value) is Tensor and value.dtype == torch.int64 and value.shape == (rows,) and value.device == logits.device:
+        return value
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return torch.full((rows,), value, dtype=torch.int64, device=logits.device)
     wanted = f"{name} must be a whole number, or {rows} of them, one for each row"
     try:
         numbers = torch.as_tensor(value)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from rows import KINDS, TRACEABLE, Source
 
 import decal
-from decal.kernels import cpu
+from decal.kernels import cpu, threads
 from decal.kernels.dispatch import choose, use
 from decal.samplers.errors import DecalError
 
@@ -83,10 +85,47 @@ def test_a_row_is_the_same_in_any_batch_and_on_any_number_of_threads(text, monke
     assert torch.equal(chain(x[order]), whole[order])
     assert torch.equal(chain.sample(x[order], seeds[order], places[order]), tokens[order])
     monkeypatch.setattr(cpu, "PARALLEL", 1)
-    for threads in (2, 3, 5):
-        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+    for number in (2, 3, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=number: n)
         assert torch.equal(chain(x), whole)
         assert torch.equal(chain.sample(x, seeds, places), tokens)
+
+
+def test_python_threads_stand_in_for_openmp(monkeypatch):
+    chain, x = decal.parse("temperature(0.7) | top_p(0.9)"), Source(2).rows("gaussian", 12, 3001)
+    whole = chain(x)
+    monkeypatch.setattr(cpu, "PARALLEL", 1)
+    monkeypatch.setattr(threads, "_team", lambda process: None)
+    assert torch.equal(chain(x), whole)
+
+
+def test_many_callers_at_once(monkeypatch):
+    chain, x = decal.parse("temperature(0.7) | top_p(0.9) | min_p(0.01)"), Source(2).rows("gaussian", 64, 3001)
+    parts = x.split(4)
+    wanted = [chain(part) for part in parts]
+    monkeypatch.setattr(cpu, "PARALLEL", 1)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(chain, parts), wanted))
+
+
+FORKED = """
+import os, sys, torch, decal
+from decal.kernels import cpu, threads
+chain, x = decal.parse("top_p(0.9)"), torch.arange(24000.0).reshape(8, 3000) / 3000
+cpu.PARALLEL = 1
+torch.set_num_threads(2)
+wanted = chain(x)
+child = os.fork()
+if child == 0:
+    os._exit(not torch.equal(chain(x), wanted))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_does_not_wait_for_the_threads_of_its_parent():
+    assert subprocess.run([sys.executable, "-c", FORKED], timeout=300).returncode == 0
 
 
 def test_rows_any_distance_apart():
