@@ -358,20 +358,15 @@ def overview(results: Mapping[str, Any]) -> tuple[str, list[str]]:
     return table(head, lines), losses
 
 
-QUIET = "**As far as the control tells, the run was not disturbed.**"
-UNKNOWN = "**Too few cases were measured to tell whether the run was disturbed.**"
-DISTURBED = "**The run was disturbed, and is to be repeated.**"
-
 PAGE = """# Speed on a CPU
 
 Written by `python benchmarks/speed.py` from [speed.json](speed.json); measured on {date} on {processor}, {cores} cores,
 {system}, threads: {threads}, {why} (the samplers of llama.cpp use one). {versions}.
 
-{verdict} The load of the machine was {load_before} before and {load_after} after, of which the benchmark itself is up to
-{threads}. The time of one softmax, which is measured again with every case, should not depend on the case; its medians
-differ by a factor of {control_median} (median over the sizes) to {control_most} (the worst). Far above 1.5 something else
-was running, and threads that wait for each other were delayed: then ratios to what torch does on several threads are too
-large.
+The load of the machine was {load_before} before and {load_after} after, of which the benchmark itself is up to {threads}.
+Times are as in use, not of a loop that runs one thing over and over: others have just worked, as a model has in use, and what
+was in the caches is not. How much that matters shows the time of one softmax, which is measured again with every case: its
+medians differ by a factor of {control_median} (median over the sizes) to {control_most} (the worst), by what ran before.
 
 ![Time of others divided by decal's](speed.png)
 
@@ -450,16 +445,15 @@ def page(results: Mapping[str, Any]) -> str:
             apart[name] = max(apart.get(name, 0.0), difference["probability"])
         left_out |= {f"- {one['case']}, {NAMES[name]}: {why}" for name, why in one["left_out"].items()}
     counts = [one["rounds"] for one in results["cells"].values()]
-    disturbed = control(results)
+    spread = control(results)
     text = PAGE.format(
         **results["machine"],
         date=results["date"],
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        control_median=number(statistics.median(disturbed)) if disturbed else "?",
-        control_most=number(max(disturbed)) if disturbed else "?",
+        control_median=number(statistics.median(spread)) if spread else "?",
+        control_most=number(max(spread)) if spread else "?",
         tolerance=cases.TOLERANCE,
         why="as told" if results["machine"]["told"] else "torch's default",
-        verdict=verdict(disturbed),
         widest=", ".join(f"{NAMES[name]} {value:.1g}" for name, value in apart.items()),
         least=min(counts),
         most=max(counts),
@@ -485,12 +479,6 @@ def control(results: Mapping[str, Any]) -> list[float]:
     for one in results["cells"].values():
         found.setdefault((one["vocabulary"], one["batch"]), []).append(one["median_us"]["softmax"])
     return [max(times) / min(times) for times in found.values() if len(times) >= 5]
-
-
-def verdict(disturbed: Sequence[float]) -> str:
-    if not disturbed:
-        return UNKNOWN
-    return QUIET if statistics.median(disturbed) < 1.5 else DISTURBED
 
 
 def start_page(start: Mapping[str, Any] | None) -> list[str]:
