@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -14,6 +15,10 @@ from rich.table import Table
 
 import decal
 from decal.samplers.errors import DecalError
+
+if TYPE_CHECKING:
+    from decal.eval.frontier import Evaluation
+    from decal.eval.task import Question
 
 WIDTH_OF_A_PIPE = 160
 FORMS = ("few_shot", "chat", "prefix", "completion")
@@ -30,29 +35,51 @@ def cli() -> None:
     """Measure what decoding strategies do to a model's validity and diversity."""
 
 
-@cli.command()
-@click.option("--model", default="smollm2", show_default=True, help="A built-in name, hub id, local folder or GGUF file.")
-@click.option("--task", "tasks", multiple=True, help="A built-in task or a YAML file; may be repeated.")
-@click.option(
-    "--grid", "grid_name", default="quick", show_default=True, help="quick, all, paper, or a file with one chain a line."
-)
-@click.option("--floor", default=0.8, show_default=True, help="Validity floor of the headlines, in (0, 1].")
-@click.option(
-    "--out", default="decal-frontier", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
-)
-@click.option("--form", type=click.Choice(FORMS), help="How to put every task.")
-@click.option("--draws", type=click.IntRange(1, 1000), help="Few-shot prompts to average over.")
-@click.option("--seed", default=0, show_default=True, help="Decides the exemplars of few-shot prompts.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto.")
-@click.option("--dtype", default=None, help="float32 (default), bfloat16 or float16.")
-@click.option("--cache/--no-cache", default=True, show_default=True, help="Keep logits on disk for the next run.")
-@click.option("--accept-licence", is_flag=True, help="Accept the licence of a built-in model that asks for it.")
-def frontier(
+def _asks(command: Any) -> Any:
+    """The options of commands that put tasks to a model."""
+    options = (
+        click.option(
+            "--model", default="smollm2", show_default=True, help="A built-in name, hub id, local folder or GGUF file."
+        ),
+        click.option("--task", "tasks", multiple=True, help="A built-in task or a YAML file; may be repeated."),
+        click.option(
+            "--grid", "grid_name", default="quick", show_default=True, help="quick, all, paper, or a file with a chain a line."
+        ),
+        click.option("--floor", default=0.8, show_default=True, help="Validity floor of the headlines, in (0, 1]."),
+        click.option("--form", type=click.Choice(FORMS), help="How to put every task."),
+        click.option("--draws", type=click.IntRange(1, 1000), help="Few-shot prompts to average over."),
+        click.option("--seed", default=0, show_default=True, help="Decides the exemplars of few-shot prompts."),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto."),
+        click.option("--dtype", default=None, help="float32 (default), bfloat16 or float16."),
+        click.option("--cache/--no-cache", default=True, show_default=True, help="Keep logits on disk for the next run."),
+        click.option("--accept-licence", is_flag=True, help="Accept the licence of a built-in model that asks for it."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `_asks` was given, checked; see `_ask`."""
+
+    evaluation: Evaluation
+    questions: Sequence[Question]
+    about: dict[str, Any]
+    floor: float
+    start: float
+
+    def done(self) -> dict[str, Any]:
+        """``about``, with how long it took."""
+        return self.about | {"seconds": round(time.monotonic() - self.start, 1)}
+
+
+def _ask(
+    out: Path,
     model: str,
     tasks: tuple[str, ...],
     grid_name: str,
     floor: float,
-    out: Path,
     form: str | None,
     draws: int | None,
     seed: int,
@@ -60,14 +87,9 @@ def frontier(
     dtype: str | None,
     cache: bool,
     accept_licence: bool,
-) -> None:
-    """Draw the exact validity-diversity frontier of a model.
-
-    Every setting of the grid is evaluated on every task, exactly and without sampling, beside four oracles. Prints a table and
-    writes results.json, settings.parquet, figures and report.html.
-    """
+) -> _Asked:
     start = time.monotonic()
-    from decal.eval import grid, models, report, task
+    from decal.eval import grid, models, task
     from decal.eval.frontier import Evaluation
     from decal.eval.trie import check_size
 
@@ -85,30 +107,98 @@ def frontier(
         raise DecalError(f"every task needs a name of its own, got {', '.join(names)}")
     _check_writable(out)
 
-    console = _console()
     loaded = models.load(model, device=device, dtype=dtype, accept_licence=accept_licence)
     evaluation = Evaluation(loaded, settings, seed=seed, cache=cache)
     for question in questions:
         evaluation.check(question)
-    with _progress(len(questions)) as (report_to, task_done):
-        evaluation.report = report_to
-        results = []
-        for question in questions:
-            results.append(evaluation.run(question))
-            task_done()
     about = {
         "decal": decal.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - start, 1),
         "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "note": loaded.note},
         "grid": grid_name,
         "seed": seed,
     }
-    run = report.Run(about, results, floor)
-    files = report.write(run, out)
-    console.print(f"{loaded.name}, grid {grid_name}, seed {seed}\n", highlight=False)
-    report.print_table(run, console)
+    return _Asked(evaluation, questions, about, floor, start)
+
+
+@cli.command()
+@_asks
+@click.option(
+    "--out", default="decal-frontier", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
+)
+def frontier(out: Path, **asked: Any) -> None:
+    """Draw the exact validity-diversity frontier of a model.
+
+    Every setting of the grid is evaluated on every task, exactly and without sampling, beside four oracles. Prints a table and
+    writes results.json, settings.parquet, figures and report.html.
+    """
+    from decal.eval import report as pages
+
+    job = _ask(out, **asked)
+    results = []
+    with _progress(len(job.questions)) as (report_to, task_done):
+        job.evaluation.report = report_to
+        for question in job.questions:
+            results.append(job.evaluation.run(question))
+            task_done()
+    run = pages.Run(job.done(), results, job.floor)
+    files = pages.write(run, out)
+    console = _console()
+    console.print(f"{job.evaluation.model.name}, grid {run.about['grid']}, seed {run.about['seed']}\n", highlight=False)
+    pages.print_table(run, console)
     console.print(f"{len(files)} files in {out}, the one to open is {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@_asks
+@click.option(
+    "--out", default="decal-diagnosis", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
+)
+def diagnose(out: Path, **asked: Any) -> None:
+    """Say which fault limits a model on each task: order, shape, or neither.
+
+    Measures the order and shape of the model's next-token distributions at every prefix of every valid answer, exactly, how
+    their errors compound over steps, and how far samplers stay from what is possible, and through what. Prints a table and
+    writes diagnosis.json, depths.parquet, figures and diagnosis.html.
+    """
+    from decal.eval import diagnosis_report as pages
+
+    job = _ask(out, **asked)
+    with _progress(len(job.questions)) as (report_to, task_done):
+        job.evaluation.report = report_to
+        found = []
+        for question in job.questions:
+            found.append(pages.run_task(job.evaluation, question))
+            task_done()
+    run = pages.DiagnosisRun(job.done(), found, job.floor)
+    files = pages.write(run, out)
+    console = _console()
+    console.print(f"{job.evaluation.model.name}, grid {run.about['grid']}, seed {run.about['seed']}\n", highlight=False)
+    pages.print_table(run, console)
+    console.print(f"{len(files)} files in {out}, the one to open is {out / 'diagnosis.html'}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--floor", default=0.8, show_default=True, help="Validity floor of the gaps; one that the runs have.")
+@click.option(
+    "--out", default="decal-report", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
+)
+def report(runs: tuple[Path, ...], floor: float, out: Path) -> None:
+    """Compare models: base with instruct, small with large.
+
+    RUNS are folders that decal diagnose has written, the one to compare with first. Prints a table and writes comparison.json,
+    comparison.png and comparison.html.
+    """
+    from decal.eval import comparison
+
+    found = comparison.compare([comparison.read(folder) for folder in runs], floor)
+    _check_writable(out)
+    files = comparison.write(found, out)
+    console = _console()
+    comparison.print_table(found, console)
+    page = out / "comparison.html"
+    console.print(f"\n{len(files)} files in {out}, the one to open is {page}", highlight=False, soft_wrap=True)
 
 
 class _progress:
@@ -179,12 +269,12 @@ def tasks_() -> None:
     from decal.eval import task
 
     table = Table(box=None, padding=(0, 2))
-    for heading in ("name", "answers", "default", "few-shot label"):
-        table.add_column(heading)
+    for heading in ("name", "answers", "family", "default", "few-shot label"):
+        table.add_column(heading, no_wrap=heading != "few-shot label")
     for name in task.builtin_names():
         question = task.load(name)
         default = "yes" if name in task.DEFAULT_TASKS else ""
-        table.add_row(name, str(question.valid.size), default, question.task.label)
+        table.add_row(name, str(question.valid.size), question.task.family, default, question.task.label)
     console = _console()
     console.print(table)
     console.print("\n--task also takes a YAML file of the same form; see the README.")
@@ -250,3 +340,137 @@ def check_(rule: str) -> None:
     for name in passed:
         console.print(f"passed  {name}", highlight=False, markup=False)
     console.print(f"{found.name} passes all {len(passed)} checks", highlight=False, markup=False)
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option("--judge", "judge_name", required=True, help="Decides what is valid; see below.")
+@click.option("--model", default="smollm2", show_default=True, help="A built-in name, hub id, local folder or GGUF file.")
+@click.option("--form", type=click.Choice(("completion", "chat")), default="completion", show_default=True, help="How to ask.")
+@click.option("--ranks", "ranks_", default="1-50,60-1000:10", show_default=True, help="Ranks of tokens to complete.")
+@click.option("--depth", default=2, show_default=True, help="How many tokens deep to go.")
+@click.option("--branch", default=2, show_default=True, help="Behind how many valid tokens of a prefix to go deeper.")
+@click.option("--completions", type=int, default=None, help="Completions to draw for each token; without it one, greedily.")
+@click.option("--sampler", default="temperature(1)", show_default=True, help="Chain that draws completions.")
+@click.option("--share", type=float, default=None, help="Share of a token's completions that must be valid; without it one is.")
+@click.option("--max-new-tokens", "most", default=48, show_default=True, help="Length of a completion behind the token.")
+@click.option("--stop", multiple=True, help="Text that ends a completion, \\n for a line break; may be repeated.")
+@click.option("--batch", default=32, show_default=True, help="Completions to write at once.")
+@click.option("--threshold", default=9.0, show_default=True, help="Lowest grade of what is valid, where a model judges.")
+@click.option("--workers", default=8, show_default=True, help="Most requests to an endpoint at once.")
+@click.option("--key-variable", default="DECAL_JUDGE_KEY", show_default=True, help="Environment variable of an endpoint's key.")
+@click.option("--seed", default=0, show_default=True, help="Decides the drawn completions.")
+@click.option("--out", default="decal-probe", show_default=True, type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto.")
+@click.option("--dtype", default=None, help="float32 (default), bfloat16 or float16.")
+@click.option("--accept-licence", is_flag=True, help="Accept the licence of a built-in model that asks for it.")
+def probe(
+    prompt: str,
+    judge_name: str,
+    model: str,
+    form: Any,
+    ranks_: str,
+    depth: int,
+    branch: int,
+    completions: int | None,
+    sampler: str,
+    share: float | None,
+    most: int,
+    stop: tuple[str, ...],
+    batch: int,
+    threshold: float,
+    workers: int,
+    key_variable: str,
+    seed: int,
+    out: Path,
+    device: str,
+    dtype: str | None,
+    accept_licence: bool,
+) -> None:
+    """Measure order where no list of valid answers exists: complete the model's next tokens, and judge the completions.
+
+    At a prefix, tokens at the given ranks are completed and judged; a token is valid if one of its completions is. Then the
+    same is done behind some of the valid tokens. Prints a table and writes tree.json, tokens.parquet, a figure and report.html.
+    What is done is kept in the folder: run it again after an interruption, or with more ranks or depth, and nothing is done
+    twice.
+
+    \b
+    Judges:
+      json, python, brackets, smiles  well-formed text of that kind; smiles needs rdkit
+      regex:PATTERN                   matches as a whole
+      value:24                        an arithmetic expression with that value
+      file.py:function                returns True or False for (prompt, completion)
+      module:function                 the same, from a module that Python finds
+      model:NAME                      a model, named as --model is, that grades from 1 to 10
+      openai:MODEL@URL                the same behind an endpoint, such as openai:qwen3@http://localhost:8000/v1
+    """
+    start = time.monotonic()
+    import os
+    from dataclasses import replace
+    from functools import cache, partial
+
+    from decal.eval import judge, models, tree, tree_report
+
+    # Everything that can be wrong with the request is found before the model is loaded.
+    load = cache(partial(models.load, device=device, dtype=dtype, accept_licence=accept_licence))
+    key = os.environ.get(key_variable) or None
+    judge_ = judge.parse(judge_name, threshold=threshold, key=key, workers=workers, load=load)
+    plan = tree.Plan(
+        ranks=tree.ranks(ranks_),
+        depth=depth,
+        branch=branch,
+        completions=completions,
+        share=share,
+        sampler=sampler,
+        most=most,
+        stop=tuple(mark.replace("\\n", "\n") for mark in stop),
+        form=form,
+        batch=batch,
+        seed=seed,
+    )
+    _check_writable(out)
+
+    loaded = load(model)
+    bars = _progress(plan.nodes)
+    bars.bars.update(bars.overall, description="prefixes")
+    with bars as (report_to, node_done):
+        found = tree.probe(loaded, judge_, prompt, plan, out, report_to, node_done)
+    about = {
+        "decal": decal.__version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - start, 1),
+        "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "note": loaded.note},
+        "judge": judge_name,
+    }
+    found = replace(found, about=about)
+    files = tree_report.write(found, out)
+    console = _console()
+    console.print(f"{loaded.name}, judge {judge_name}, seed {seed}\n", highlight=False, markup=False)
+    tree_report.print_table(found, console)
+    console.print(f"{len(files)} files in {out}, the one to open is {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@cli.command(name="agreement")
+@click.argument("labels", type=click.Path(path_type=Path))
+@click.argument("judged", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Decides the resamples of the intervals.")
+def agreement_(labels: Path, judged: Path, seed: int) -> None:
+    """Say how far a judge agrees with people.
+
+    LABELS has one JSON object a line: prompt, completion, valid (true or false), and rater if there are several. JUDGED is the
+    judged.jsonl of a probe, or has the same keys, with judge in place of rater. Both are matched by prompt and completion.
+    """
+    from decal.eval import agreement
+
+    if seed < 0:
+        raise DecalError(f"--seed must be at least 0, got {seed}")
+    people = agreement.load(labels, "rater")
+    console = _console()
+    for found in agreement.agreement(people, agreement.load(judged, "judge"), seed):
+        console.print(found.judge, style="bold", highlight=False, markup=False, soft_wrap=True)
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        for name, text in agreement.lines(found):
+            table.add_row(name, text)
+        console.print(table)
+    if (among := agreement.between_people(people, seed)) is not None:
+        console.print(f"Krippendorff's alpha of the people alone: {agreement.shown(among)}", highlight=False, markup=False)

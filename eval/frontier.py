@@ -89,15 +89,19 @@ class TaskResult:
         names = np.asarray(self.family, dtype=object)
         return {family: np.flatnonzero(names == family) for family in self.families()}
 
-    def best(self, family: str, floor: float) -> Best | None:
-        """The most diverse setting of ``family`` with mean validity at least ``floor``, or None."""
+    def chosen(self, family: str, floor: float) -> int | None:
+        """Number of the most diverse setting of ``family`` with mean validity at least ``floor``, or None."""
         members = self.members(family)
         validity, diversity = self.mean_validity[members], self.mean_diversity[members]
         # A validity of 1 is reached up to rounding only.
         eligible = (validity >= floor - 1e-9) & np.isfinite(diversity)
-        if not eligible.any():
+        return int(members[np.argmax(np.where(eligible, diversity, -1.0))]) if eligible.any() else None
+
+    def best(self, family: str, floor: float) -> Best | None:
+        """`chosen`, with what it reaches."""
+        chosen = self.chosen(family, floor)
+        if chosen is None:
             return None
-        chosen = members[np.argmax(np.where(eligible, diversity, -1.0))]
         low, high = interval(self.diversity[chosen])
         return Best(
             floor,
@@ -109,19 +113,23 @@ class TaskResult:
         )
 
 
-def interval(sample: np.ndarray) -> tuple[float, float]:
-    """Student's interval for the mean of ``sample`` (D,), at `LEVEL`, cut to [0, 1]; NaN from fewer than two values."""
+def interval(sample: np.ndarray, least: float = 0.0, most: float = 1.0) -> tuple[float, float]:
+    """Student's interval for the mean of ``sample`` (D,), at `LEVEL`, cut to what is possible; NaN from fewer than two."""
     from scipy import stats
 
     sample = sample[np.isfinite(sample)]
     if len(sample) < 2:
         return float("nan"), float("nan")
     half = stats.t.ppf((1 + LEVEL) / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
-    return float(max(sample.mean() - half, 0.0)), float(min(sample.mean() + half, 1.0))
+    return float(max(sample.mean() - half, least)), float(min(sample.mean() + half, most))
 
 
 Report = Callable[[str, int, int], None]
 """Told what is going on, and how many units of it are done of how many."""
+
+
+Visit = Callable[[str, TokenTrie, Rows], None]
+"""Given the text of a prompt, its trie, and the logits of its nodes."""
 
 
 class Evaluation:
@@ -160,11 +168,18 @@ class Evaluation:
         self.builder.build(question.valid, question.policy)
         next(iter(question.prompts(self.model.tokenizer, self.seed)))
 
-    def run(self, question: Question) -> TaskResult:
-        """Evaluate every setting and oracle on a task. Raises DecalError if the task doesn't fit the model."""
+    def run(self, question: Question, visit: Visit = lambda prompt, trie, rows: None) -> TaskResult:
+        """Evaluate every setting and oracle on a task.
+
+        Args:
+            visit: called with each prompt's text, its trie and the logits of its nodes.
+
+        Raises:
+            DecalError: the task doesn't fit the model.
+        """
         prompts = list(question.prompts(self.model.tokenizer, self.seed))
         outcomes, bounds = [], []
-        for number, (_, prompt) in enumerate(prompts, 1):
+        for number, (text, prompt) in enumerate(prompts, 1):
             what = f"{question.task.name} {number}/{len(prompts)}"
             trie, grow = self.builder.build(question.valid, question.policy)
             trie, stored = rows.load_or_compute(
@@ -180,6 +195,7 @@ class Evaluation:
             outcome_, bound = self._outcome(question, prompt, trie, stored, self._ticker(f"{what}: settings", len(trie)))
             outcomes.append(outcome_)
             bounds.append(bound)
+            visit(text, trie, stored)
         labels = self._labels(question)
         return TaskResult(
             question=question,
@@ -232,12 +248,13 @@ class Evaluation:
 
 
 def _oracle_scales(chains: Sequence[Chain]) -> list[float]:
-    """Scales at which oracles are tried: those that chains of several steps end at, descending.
+    """Scales at which oracles are tried: those that chains of several steps end at, descending, and at last 0, uniform.
 
-    Of plain temperatures, which may be many, only if there is nothing else; and one scale in any case.
+    Of plain temperatures, which may be many, only if there is nothing else.
     """
     several = {scale_after(c.steps) for c in chains if len(c.steps) > 1} - {None}
-    return sorted(several or {scale_after(c.steps) for c in chains} - {None} or {1.0}, reverse=True)  # type: ignore[arg-type]
+    found = several or {scale_after(c.steps) for c in chains} - {None}
+    return sorted({0.0, *found}, reverse=True)  # type: ignore[arg-type]
 
 
 def end_tokens(model: LoadedModel) -> list[int]:

@@ -23,6 +23,7 @@ FOLDER = Path(__file__).parent / "tasks"
 DEFAULT_TASKS = ("weekdays", "months", "us_states", "integers", "digits2", "digits2_sum_le")
 FORMS = ("few_shot", "chat", "prefix", "completion")
 Form = Literal["few_shot", "chat", "prefix", "completion"]
+Family = Literal["closed list", "numeric", "formal language", "open list"]
 
 
 class _Strict(BaseModel):
@@ -37,19 +38,41 @@ class Digits(_Strict):
     sum_le: int | None = Field(default=None, ge=0)
 
 
+class Dyck(_Strict):
+    """Balanced strings of ``pairs`` pairs of round brackets."""
+
+    pairs: int = Field(ge=1, le=500)
+
+
 class Answers(_Strict):
-    """Exactly one of: a ``list``, a ``file`` with one answer per line, a ``regex``, or ``digits``."""
+    """Exactly one of: a ``list``, a ``file`` with one answer per line, a ``regex``, ``digits``, or ``dyck``."""
 
     list_: list[StrictStr] | None = Field(default=None, alias="list")
     file: StrictStr | None = None
     regex: StrictStr | None = None
     digits: Digits | None = None
+    dyck: Dyck | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Answers:
-        if sum(v is not None for v in (self.list_, self.file, self.regex, self.digits)) != 1:
-            raise ValueError("give exactly one of list, file, regex and digits")
+        if sum(v is not None for v in (self.list_, self.file, self.regex, self.digits, self.dyck)) != 1:
+            raise ValueError("give exactly one of list, file, regex, digits and dyck")
         return self
+
+
+class Phrasing(_Strict):
+    """A way to ask: ``prompt`` and ``label``, as in `Task`."""
+
+    prompt: StrictStr | None = None
+    label: StrictStr | None = None
+
+    def spaced(self, form: str) -> bool:
+        """Whether what stands right before the answer ends in a space or line break."""
+        return ((self.label if form in ("few_shot", "prefix") else self.prompt) or "").endswith((" ", "\n"))
+
+
+NEEDED = {"few_shot": ("label",), "chat": ("prompt",), "prefix": ("prompt", "label"), "completion": ("prompt",)}
+"""Texts that each form puts."""
 
 
 class Task(_Strict):
@@ -63,6 +86,9 @@ class Task(_Strict):
         form: how the request is put: ``few_shot``, lines of ``label answer`` with drawn exemplars, then ``label``; ``chat``,
             the model's chat template around ``prompt``; ``prefix``, the same with ``label`` already written as the start of
             the reply; ``completion``, ``prompt`` as plain text.
+        phrasings: other ways to ask for the same. Few-shot prompts take turns; other forms put each once.
+        family: what kind of set the answers are: a ``closed list``, complete by definition; ``numeric``, numbers under a
+            condition; a ``formal language``; or an ``open list``, long, and often a stated part of what one might accept.
         shots: exemplars of a few-shot prompt.
         draws: how many few-shot prompts to average over, each with other exemplars.
         tokenisation, case: see `Policy`.
@@ -74,6 +100,8 @@ class Task(_Strict):
     answers: Answers
     prompt: StrictStr | None = None
     label: StrictStr | None = None
+    phrasings: list[Phrasing] = []
+    family: Family | None = None
     form: Form = "few_shot"
     shots: int = Field(default=4, ge=1, le=64)
     draws: int = Field(default=5, ge=1, le=1000)
@@ -84,12 +112,19 @@ class Task(_Strict):
 
     @model_validator(mode="after")
     def _has_its_texts(self) -> Task:
-        for text in {"few_shot": ("label",), "chat": ("prompt",), "prefix": ("prompt", "label"), "completion": ("prompt",)}[
-            self.form
-        ]:
-            if not getattr(self, text):
-                raise ValueError(f"form {self.form} needs a {text}")
+        for number, way in enumerate(self.ways):
+            for text in NEEDED[self.form]:
+                if not getattr(way, text):
+                    of = f"phrasing {number} needs a {text}, as " if number else ""
+                    raise ValueError(f"{of}form {self.form} needs a {text}")
+        if len({way.spaced(self.form) for way in self.ways}) > 1:
+            raise ValueError("either all phrasings end in a space or line break, or none")
         return self
+
+    @property
+    def ways(self) -> list[Phrasing]:
+        """All phrasings, that of the task itself first."""
+        return [Phrasing(prompt=self.prompt, label=self.label), *self.phrasings]
 
 
 @dataclass(frozen=True)
@@ -115,42 +150,44 @@ class Question:
         chat = self.task.form == "chat"
         space = self.task.leading_space
         if space is None:
-            asks = self.task.label if self.task.form in ("few_shot", "prefix") else self.task.prompt
-            space = not chat and not (asks or "").endswith((" ", "\n"))
+            space = not chat and not self.task.ways[0].spaced(self.task.form)
         ends = self.task.ends if self.task.ends is not None else (["<eos>"] if chat else ["\n", "<eos>"])
         return Policy(self.task.tokenisation, space, self.task.case, tuple(ends))
 
     def prompts(self, tokenizer: Any, seed: int) -> Iterator[tuple[str, list[int]]]:
-        """The prompts to average over, as text and token ids: one, or one for each draw of exemplars.
+        """The prompts to average over, as text and token ids: one for each phrasing, or for each draw of exemplars.
 
         Raises:
             DecalError: the form needs a chat template that the model doesn't have, or more exemplars than there are answers.
         """
+        ways = self.task.ways
         if self.task.form == "few_shot":
             for draw in range(self.task.draws):
-                text = self._few_shot(np.random.default_rng([seed, draw]))
+                text = self._few_shot(ways[draw % len(ways)], np.random.default_rng([seed, draw]))
                 yield text, tokenizer(text)["input_ids"]
-        elif self.task.form == "completion":
-            assert self.task.prompt is not None
-            yield self.task.prompt, tokenizer(self.task.prompt)["input_ids"]
-        else:
-            text = self._chat(tokenizer) + (self.task.label or "" if self.task.form == "prefix" else "")
-            yield text, tokenizer(text, add_special_tokens=False)["input_ids"]
+            return
+        for way in ways:
+            if self.task.form == "completion":
+                assert way.prompt is not None
+                yield way.prompt, tokenizer(way.prompt)["input_ids"]
+            else:
+                text = self._chat(way, tokenizer) + (way.label or "" if self.task.form == "prefix" else "")
+                yield text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _few_shot(self, rng: np.random.Generator) -> str:
-        shots, label = self.task.shots, self.task.label
+    def _few_shot(self, way: Phrasing, rng: np.random.Generator) -> str:
+        shots = self.task.shots
         if shots > len(self.answers):
             raise DecalError(f"{self.task.name}: {shots} exemplars can't be drawn from {len(self.answers)} answers")
         space = " " if self.policy.leading_space else ""
         chosen = rng.choice(len(self.answers), size=shots, replace=False)
-        return "".join(f"{label}{space}{self.answers[i]}\n" for i in chosen) + f"{label}"
+        return "".join(f"{way.label}{space}{self.answers[i]}\n" for i in chosen) + f"{way.label}"
 
-    def _chat(self, tokenizer: Any) -> str:
+    def _chat(self, way: Phrasing, tokenizer: Any) -> str:
         if not getattr(tokenizer, "chat_template", None):
             raise DecalError(
                 f"{self.task.name}: form {self.task.form} needs a chat template, which this model lacks; use few_shot"
             )
-        messages = [{"role": "user", "content": self.task.prompt}]
+        messages = [{"role": "user", "content": way.prompt}]
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
         return text
 
@@ -196,6 +233,8 @@ def _valid_set(task: Task, path: Path, where: str) -> ValidSet:
         return ValidSet.from_regex(answers.regex, where)
     if answers.digits is not None:
         return ValidSet.digits(**answers.digits.model_dump(), source=where)
+    if answers.dyck is not None:
+        return ValidSet.dyck(answers.dyck.pairs, source=where)
     assert answers.file is not None
     file = path.parent / answers.file
     try:
@@ -253,8 +292,13 @@ def _first_error(error: ValidationError, name: str, lines: dict[Location, int]) 
     key = ".".join(map(str, place)) or "task"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        owners: dict[Location, type[BaseModel]] = {(): Task, ("answers",): Answers, ("answers", "digits"): Digits}
-        owner = owners[place[:-1]]
+        owners: dict[Location, type[BaseModel]] = {
+            (): Task,
+            ("answers",): Answers,
+            ("answers", "digits"): Digits,
+            ("answers", "dyck"): Dyck,
+        }
+        owner = Phrasing if place[0] == "phrasings" else owners[place[:-1]]
         allowed = ", ".join(f.alias or n for n, f in owner.model_fields.items())
         return f"{name}:{lines.get(known, 1)}: unknown key {key!r} (allowed: {allowed})"
     got = f", got {first['input']!r}" if first["type"] not in ("missing", "value_error") else ""

@@ -107,6 +107,28 @@ class ValidSet:
 
         return cls((0, 0, False), edges, final, source)
 
+    @classmethod
+    def dyck(cls, pairs: int, source: str = "dyck") -> ValidSet:
+        """Balanced strings of ``pairs`` pairs of round brackets, Dyck words. There are Catalan(``pairs``) of them.
+
+        Raises:
+            DecalError: less than one pair.
+        """
+        if pairs < 1:
+            raise DecalError(f"{source}: dyck needs at least one pair of brackets, got {pairs}")
+
+        # A state is (brackets opened, brackets closed).
+        def edges(state: tuple[int, int]) -> dict[str, tuple[int, int]]:
+            opened, closed = state
+            following = {}
+            if opened < pairs:
+                following["("] = (opened + 1, closed)
+            if closed < opened:
+                following[")"] = (opened, closed + 1)
+            return following
+
+        return cls((0, 0), edges, (pairs, pairs).__eq__, source)
+
     @property
     def size(self) -> int:
         """Number of answers, |V|."""
