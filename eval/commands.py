@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
@@ -199,6 +200,62 @@ def report(runs: tuple[Path, ...], floor: float, out: Path) -> None:
     comparison.print_table(found, console)
     page = out / "comparison.html"
     console.print(f"\n{len(files)} files in {out}, the one to open is {page}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.option("--model", default="smollm2", show_default=True, help="A built-in name, hub id, local folder or GGUF file.")
+@click.option("--task", "name", required=True, help="A built-in task or a YAML file, of any size.")
+@click.option("--chain", "chains", multiple=True, help='Such as "temperature(1.4) | min_p(0.1)"; may be repeated.')
+@click.option("--samples", default=1000, show_default=True, type=click.IntRange(2), help="Answers drawn on each prompt.")
+@click.option("--form", type=click.Choice(FORMS), help="How to put the task.")
+@click.option("--draws", type=click.IntRange(1, 1000), help="Few-shot prompts to average over.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides exemplars and draws.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto.")
+@click.option("--dtype", default=None, help="float32 (default), bfloat16 or float16.")
+@click.option("--accept-licence", is_flag=True, help="Accept the licence of a built-in model that asks for it.")
+@click.option("--out", type=click.Path(path_type=Path), help="A JSON file for the estimates.")
+def estimate(
+    model: str,
+    name: str,
+    chains: tuple[str, ...],
+    samples: int,
+    form: str | None,
+    draws: int | None,
+    seed: int,
+    device: str,
+    dtype: str | None,
+    accept_licence: bool,
+    out: Path | None,
+) -> None:
+    """Estimate validity and diversity on a valid set too large for exact evaluation.
+
+    Answers are drawn, half from the uniform law on the valid set and half from the model confined to it; every chain's
+    probability of each is exact, and weighted by how likely it was to be drawn. Intervals cover the drawing.
+    """
+    from decal.eval import estimate as estimates
+    from decal.eval import models, task
+    from decal.eval.frontier import Evaluation
+    from decal.eval.grid import Setting
+    from decal.eval.paths import atomic_write
+
+    parsed = [decal.parse(text) for text in chains or ("temperature(1)", "top_p(0.9)", "min_p(0.1)")]
+    question = task.load(name, form=form, draws=draws)
+    loaded = models.load(model, device=device, dtype=dtype, accept_licence=accept_licence)
+    evaluation = Evaluation(loaded, [Setting("chain", chain) for chain in parsed], seed=seed)
+    with _progress(1) as (report_to, _):
+        read = 0
+
+        def tick(amount: int) -> None:
+            nonlocal read
+            read += amount
+            report_to(f"{question.task.name}: reading prefixes", read, 0)
+
+        found = estimates.estimate(evaluation, question, parsed, samples, tick)
+    told = estimates.summary(found, parsed, question, loaded.name, samples, seed)
+    if out is not None:
+        atomic_write(out, json.dumps(told, indent=1, allow_nan=False))
+    console = _console()
+    estimates.print_table(told, console)
 
 
 class _progress:
@@ -445,7 +502,7 @@ def probe(
     found = replace(found, about=about)
     files = tree_report.write(found, out)
     console = _console()
-    console.print(f"{loaded.name}, judge {judge_name}, seed {seed}\n", highlight=False, markup=False)
+    console.print(f"{loaded.name}, judge {judge_name}, seed {seed}\n", highlight=False, markup=False, soft_wrap=True)
     tree_report.print_table(found, console)
     console.print(f"{len(files)} files in {out}, the one to open is {out / 'report.html'}", highlight=False, soft_wrap=True)
 
@@ -474,3 +531,78 @@ def agreement_(labels: Path, judged: Path, seed: int) -> None:
         console.print(table)
     if (among := agreement.between_people(people, seed)) is not None:
         console.print(f"Krippendorff's alpha of the people alone: {agreement.shown(among)}", highlight=False, markup=False)
+
+
+@cli.command(name="score")
+@click.argument("outputs", type=click.Path(path_type=Path))
+@click.option("--task", "task_name", help="A built-in task or a YAML file that says which answers are valid.")
+@click.option("--predicate", help="Says what is valid: module:function or file.py:function of the answer (and the prompt).")
+@click.option("--same", help="Says which answers are the same: module:function or file.py:function of two of them.")
+@click.option("--case", type=click.Choice(("exact", "any")), help="Whether case counts; by default as the task says.")
+@click.option("--over", type=click.Choice(("all", "valid")), default="all", show_default=True, help="Outputs to measure.")
+@click.option("--k", default=10, show_default=True, help="Outputs of distinct_k.")
+@click.option("--common", type=int, help="Outputs to rarefy all prompts to; by default the smallest number there is.")
+@click.option("--baseline", help="Group that the others are compared to, as 'model setting'; by default the first.")
+@click.option("--embed/--no-embed", default=True, show_default=True, help="Measure distances of embeddings.")
+@click.option("--embedder", help="A sentence-transformers id or folder; by default all-MiniLM-L6-v2, from PyPI.")
+@click.option("--seed", default=0, show_default=True, help="Decides resamples and subsamples.")
+@click.option("--out", default="decal-score", show_default=True, type=click.Path(path_type=Path), help="Folder of the results.")
+def score_(
+    outputs: Path,
+    task_name: str | None,
+    predicate: str | None,
+    same: str | None,
+    case: Literal["exact", "any"] | None,
+    over: Literal["all", "valid"],
+    k: int,
+    common: int | None,
+    baseline: str | None,
+    embed: bool,
+    embedder: str | None,
+    seed: int,
+    out: Path,
+) -> None:
+    """Measure validity and diversity of sampled outputs, of any model.
+
+    OUTPUTS has one JSON object a line: prompt (or id) and output, and if you like model, setting, answer (what counts in the
+    output) and valid (true or false). Prints a table and writes scores.json, scores.parquet and score.html.
+    """
+    from dataclasses import replace
+
+    from decal.eval import score, score_report, task
+
+    question = task.load(task_name) if task_name else None
+    case = case or (question.task.case if question else "exact")
+    options = score.Options(
+        known=score.Known(question, case) if question else None,
+        judge=score.judge_of(score.load_function(predicate, "--predicate")) if predicate else None,
+        same=score.load_function(same, "--same") if same else None,
+        case=case,
+        over=over,
+        k=k,
+        m=common,
+        baseline=baseline,
+        seed=seed,
+    )
+    given = score.read(outputs)
+    groups = score.sort(given, options)
+    _check_writable(out)
+
+    embedding, described = score.load_embedder(embedder) if embed else (None, "Embeddings are left out, as asked.")
+    bars = _progress(1)
+    bars.bars.update(bars.overall, visible=False)
+    with bars as (report_to, _):
+        results = score.measure(given, replace(options, embed=embedding), groups, report_to)
+    if embedding is None:
+        results = replace(results, notes=[*results.notes, described])
+    about = {
+        "decal": decal.__version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "file": str(outputs),
+        "seed": seed,
+        "embedder": described if embedding else None,
+    }
+    files = score_report.write(results, about, out)
+    console = _console()
+    score_report.print_table(results, console)
+    console.print(f"{len(files)} files in {out}, the one to open is {out / 'score.html'}", highlight=False, soft_wrap=True)

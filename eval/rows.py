@@ -88,13 +88,14 @@ def load_or_compute(
         os.utime(folder)
     else:
         with atomic_dir(folder) as fresh:
-            _compute(fresh, model, prompt, trie, grow, tick)
+            compute(fresh, model, prompt, trie, grow, tick)
             (fresh / "trie.json").write_text(json.dumps(asdict(trie)))
         _forget_old(folder.parent, keep=folder)
     return _read_trie(folder / "trie.json"), StoredRows(folder)
 
 
-def _compute(folder: Path, model: Any, prompt: Sequence[int], trie: TokenTrie, grow: Any, tick: Any) -> None:
+def compute(folder: Path, model: Any, prompt: Sequence[int], trie: TokenTrie, grow: Any, tick: Any) -> None:
+    """Logits of the nodes of a trie, which ``grow`` may extend, into a folder for `StoredRows`."""
     writer = _ShardWriter(folder)
 
     def sink(nodes: list[int], logits: Tensor) -> None:

@@ -176,11 +176,11 @@ class Question:
 
     def _few_shot(self, way: Phrasing, rng: np.random.Generator) -> str:
         shots = self.task.shots
-        if shots > len(self.answers):
-            raise DecalError(f"{self.task.name}: {shots} exemplars can't be drawn from {len(self.answers)} answers")
+        if shots > self.valid.size:
+            raise DecalError(f"{self.task.name}: {shots} exemplars can't be drawn from {self.valid.size} answers")
         space = " " if self.policy.leading_space else ""
-        chosen = rng.choice(len(self.answers), size=shots, replace=False)
-        return "".join(f"{way.label}{space}{self.answers[i]}\n" for i in chosen) + f"{way.label}"
+        chosen = rng.choice(self.valid.size, size=shots, replace=False).tolist()
+        return "".join(f"{way.label}{space}{self.valid.at(i)}\n" for i in chosen) + f"{way.label}"
 
     def _chat(self, way: Phrasing, tokenizer: Any) -> str:
         if not getattr(tokenizer, "chat_template", None):

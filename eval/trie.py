@@ -118,7 +118,8 @@ def check_size(valid: ValidSet) -> None:
     """Raise DecalError if a valid set has more than `MOST_ANSWERS` answers."""
     if valid.size > MOST_ANSWERS:
         raise DecalError(
-            f"{valid.source}: {valid.size} answers; exact evaluation needs a forward pass a prefix and stops at {MOST_ANSWERS}"
+            f"{valid.source}: {valid.size} answers; exact evaluation reads every prefix and stops at {MOST_ANSWERS}; "
+            "see decal estimate"
         )
 
 
@@ -144,9 +145,9 @@ class TrieBuilder:
         """
         check_size(valid)
         spellings = self._spellings(valid, policy)
-        trie = TokenTrie(valid.size, self._ends(policy))
+        trie = TokenTrie(valid.size, self.ends(policy))
         for text, (answer, weight) in spellings.items():
-            trie.insert(self._canonical(text, valid.source), answer, weight)
+            trie.insert(self.canonical(text, valid.source), answer, weight)
         self._check_ends(trie, trie.token, valid.source)
         if not trie.ends:
             self._check_prefix_free(list(spellings), valid.source)
@@ -191,7 +192,8 @@ class TrieBuilder:
                         raise DecalError(f"{valid.source}: {variant!r} is a case variant of {text!r} and {answers[taken]!r}")
         return spellings
 
-    def _ends(self, policy: Policy) -> tuple[int, ...]:
+    def ends(self, policy: Policy) -> tuple[int, ...]:
+        """The tokens that end an answer. Raises DecalError if some end has none."""
         found: dict[int, None] = {}
         for end in policy.ends:
             tokens = self.eos if end == "<eos>" else tuple(self.vocabulary.starting_with(end))
@@ -200,7 +202,8 @@ class TrieBuilder:
             found |= dict.fromkeys(tokens)
         return tuple(sorted(found))
 
-    def _canonical(self, text: str, source: str) -> list[int]:
+    def canonical(self, text: str, source: str) -> list[int]:
+        """The tokenizer's own spelling of a text. Raises DecalError, naming ``source``, if it can't write it."""
         tokens = self.encode(text)
         written = b"".join(self.vocabulary.bytes_of.get(t, b"\xff") for t in tokens)
         if written != text.encode():

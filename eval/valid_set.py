@@ -146,6 +146,22 @@ class ValidSet:
         """Whether a string that has led to ``state`` is an answer."""
         return self._final(state)
 
+    def at(self, number: int) -> str:
+        """The answer of that number, from 0, in the order of iteration; by counting, without listing the others."""
+        if not 0 <= number < self.size:
+            raise DecalError(f"{self.source}: answers are numbered from 0 to {self.size - 1}, got {number}")
+        state, text = self.start, ""
+        while True:
+            if self._final(state):
+                if not number:
+                    return text
+                number -= 1
+            for character, after in self._edges[state].items():
+                if number < self._counts[after]:
+                    state, text = after, text + character
+                    break
+                number -= self._counts[after]
+
     def __contains__(self, text: object) -> bool:
         state = self.start
         for character in text if isinstance(text, str) else "":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import time
 from typing import Any
@@ -118,6 +119,42 @@ def test_digits_without_a_meaning(kwargs: dict[str, int]) -> None:
 def test_digits_that_no_sum_fits(condition: dict[str, int]) -> None:
     with pytest.raises(DecalError, match="the valid set is empty"):
         ValidSet.digits(2, **condition)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 3, 5, 7])
+def test_balanced_brackets_are_those_that_cancel(pairs: int) -> None:
+    def cancels(text: str) -> bool:
+        while "()" in text:
+            text = text.replace("()", "")
+        return not text
+
+    strings = map("".join, itertools.product("()", repeat=2 * pairs))
+    assert_is(ValidSet.dyck(pairs), {text for text in strings if cancels(text)})
+
+
+@pytest.mark.parametrize("pairs", [*range(1, 20), 60, 200])
+def test_balanced_brackets_are_counted_without_listing_them(pairs: int) -> None:
+    valid = ValidSet.dyck(pairs)
+    assert valid.size == math.comb(2 * pairs, pairs) // (pairs + 1)
+    # Every string begins with a bracket that opens, and one that closes may follow unless it is the only pair's.
+    first = valid.edges(valid.start)
+    assert set(first) == {"("}
+    assert valid.count(first["("]) == valid.size
+    assert valid.count(valid.edges(first["("])[")"]) == (ValidSet.dyck(pairs - 1).size if pairs > 1 else 1)
+
+
+def test_long_balanced_brackets() -> None:
+    valid = ValidSet.dyck(50)
+    for member in ("(" * 50 + ")" * 50, "()" * 50, "(())" * 25):
+        assert member in valid
+    for other in ("(" * 50, "(" * 51 + ")" * 51, "()" * 49, ")(" * 50, "()" * 49 + ")(", "[]" * 50, "(" * 50 + ")" * 49 + " "):
+        assert other not in valid
+
+
+@pytest.mark.parametrize("pairs", [0, -3])
+def test_no_balanced_brackets(pairs: int) -> None:
+    with pytest.raises(DecalError, match=f"^dyck: dyck needs at least one pair of brackets, got {pairs}$"):
+        ValidSet.dyck(pairs)
 
 
 @pytest.mark.parametrize(
