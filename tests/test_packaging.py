@@ -32,7 +32,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def sources() -> set[str]:
-    kept = {".py", ".yaml", ".jinja", ".safetensors"}
+    kept = {".py", ".yaml", ".txt", ".jinja", ".safetensors"}
     return {
         f"decal/{path.relative_to(ROOT)}"
         for folder in FOLDERS
