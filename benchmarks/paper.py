@@ -211,8 +211,8 @@ def write(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run]], out: Path) -> N
     auroc, ap = auroc_hides_it(runs)
     compared = comparison.compare([r.told for r in runs], FLOOR) if len(runs) > 1 else None
     quantised = (
-        "No unquantised model can be had here, so the effect is shown the other way round: the same models with their weights "
-        "quantised once more, to 4 bits by another scheme (blocks of 32, symmetric, round to nearest). What this does to a model "
+        "No unquantised model can be had here, so the effect is shown the other way round: the same models with weights "
+        "quantised once more, to 4 bits by another scheme (blocks of 32, symmetric, round to nearest). What that does to one "
         "should be of the size of what the first quantisation did.\n\n" + quantised_table(pairs)
         if pairs
         else "Not measured."

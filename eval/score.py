@@ -435,12 +435,8 @@ def measure(outputs: Outputs, options: Options, groups: Sequence[Group], report:
         bleu=importlib.util.find_spec("sacrebleu") is not None,
     )
     rng = np.random.default_rng(options.seed)
-    measured = []
-    for group in groups:
-        if report:
-            report("measuring", len(measured), len(groups))
-        measured.append(_scored(group, ruler, options.resamples, rng))
-    groups = measured
+    groups = _valued(groups, ruler, report)
+    groups = [replace(group, scores=_scores(group, ruler, options.resamples, rng)) for group in groups]
     baseline = next(group for group in groups if options.baseline in (None, group.label))
     comparisons = [_compared(g, baseline, ruler, options.resamples, rng) for g in groups if g is not baseline]
     return Results(
@@ -582,17 +578,30 @@ class _Ruler:
         return np.stack(some) if some else np.zeros((0, 1))
 
 
-def _scored(group: Group, ruler: _Ruler, resamples: int, rng: np.random.Generator) -> Group:
-    measured = [ruler.measure(cell) for cell in group.cells.values()]
-    values = {name: np.array([found[name] for found in measured]) for name in measured[0]}
-    scores = {name: averaged(of, resamples, rng) for name, of in values.items()}
-    if len(measured) == 1:
+def _valued(groups: Sequence[Group], ruler: _Ruler, report: Report | None) -> list[Group]:
+    """The groups with the values of their cells."""
+    done, total = 0, sum(len(group.cells) for group in groups)
+    valued = []
+    for group in groups:
+        measured = []
+        for cell in group.cells.values():
+            measured.append(ruler.measure(cell))
+            done += 1
+            if report:
+                report("measuring", done, total)
+        valued.append(replace(group, values={name: np.array([found[name] for found in measured]) for name in measured[0]}))
+    return valued
+
+
+def _scores(group: Group, ruler: _Ruler, resamples: int, rng: np.random.Generator) -> dict[str, Score]:
+    scores = {name: averaged(of, resamples, rng) for name, of in group.values.items()}
+    if len(group.cells) == 1:
         (cell,) = group.cells.values()
         made = {metric.name: metric.alone for metric in METRICS}
         for name, (low, high) in _alone(cell, ruler, resamples, rng).items():
             if scores[name].value is not None:
                 scores[name] = replace(scores[name], low=low, high=high, interval=f"{made[name]}; one prompt")
-    return replace(group, values=values, scores=scores)
+    return scores
 
 
 def averaged(values: np.ndarray, resamples: int, rng: np.random.Generator) -> Score:

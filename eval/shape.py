@@ -68,7 +68,7 @@ def entropy(share: np.ndarray) -> float:
     """Entropy in nats of nonnegative numbers, taken as proportions; 0 of nothing."""
     total = share.sum()
     p = share[share > 0] / total if total > 0 else np.ones(1)
-    return float(-(p * np.log(p)).sum())
+    return max(0.0, float(-(p * np.log(p)).sum()))
 
 
 # ---- the geometric model
