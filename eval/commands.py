@@ -155,7 +155,8 @@ def frontier(out: Path, **asked: Any) -> None:
 @click.option(
     "--out", default="decal-diagnosis", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
 )
-def diagnose(out: Path, **asked: Any) -> None:
+@click.option("--swept", type=click.IntRange(1), help="Look at so many tokens of a ranking for order, instead of all.")
+def diagnose(out: Path, swept: int | None, **asked: Any) -> None:
     """Say which fault limits a model on each task: order, shape, or neither.
 
     Measures the order and shape of the model's next-token distributions at every prefix of every valid answer, exactly, how
@@ -169,9 +170,9 @@ def diagnose(out: Path, **asked: Any) -> None:
         job.evaluation.report = report_to
         found = []
         for question in job.questions:
-            found.append(pages.run_task(job.evaluation, question))
+            found.append(pages.run_task(job.evaluation, question, swept))
             task_done()
-    run = pages.DiagnosisRun(job.done(), found, job.floor)
+    run = pages.DiagnosisRun(job.done() | {"swept": swept}, found, job.floor)
     files = pages.write(run, out)
     console = _console()
     console.print(f"{job.evaluation.model.name}, grid {run.about['grid']}, seed {run.about['seed']}\n", highlight=False)

@@ -24,6 +24,7 @@ from decal.eval.ranking import Estimate
 from decal.eval.ribbon import KINDS, TEMPERATURES, Ribbon
 from decal.eval.task import Question
 from decal.eval.trie import TokenTrie
+from decal.samplers.errors import DecalError
 
 FORMAT = 1
 COLOURS = {"frequent": "#2a7f3f", "rare": "#8fcf9b", "invalid": "#c9c9c9"}
@@ -82,8 +83,14 @@ class TaskDiagnosis:
         return float(np.mean([getattr(one, name) for d in self.prompts for one in getattr(d, kind) if one.depth == depth]))
 
 
-def run_task(evaluation: Evaluation, question: Question) -> TaskDiagnosis:
-    """Evaluate a task and diagnose every prompt. Raises DecalError if the task doesn't fit the model."""
+def run_task(evaluation: Evaluation, question: Question, swept: int | None = None) -> TaskDiagnosis:
+    """Evaluate a task and diagnose every prompt; see `decal.eval.diagnosis.diagnose`.
+
+    Raises:
+        DecalError: the task doesn't fit the model, or its answers have several token sequences.
+    """
+    if not question.policy.one_path_each:
+        raise DecalError(f"{question.task.name}: a diagnosis needs tokenisation canonical and case exact")
     found: list[Diagnosis] = []
     ribbons: list[Ribbon] = []
 
@@ -91,7 +98,7 @@ def run_task(evaluation: Evaluation, question: Question) -> TaskDiagnosis:
         prefixes = order.prefixes(trie, rows)
         if not found:
             ribbons.extend(ribbon.ribbons(trie, rows, prefixes, evaluation.builder.vocabulary))
-        found.append(diagnose(trie, prefixes))
+        found.append(diagnose(trie, prefixes, swept))
 
     result = evaluation.run(question, visit)
     return TaskDiagnosis(result, found, ribbons)

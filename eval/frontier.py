@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from decal.eval import oracle, rows
+from decal.eval import kept, oracle, rows
 from decal.eval.exact import Interest, Outcome, Rows, Situation, flows, group, join, outcome
 from decal.eval.grid import Setting
 from decal.eval.models import LoadedModel
@@ -178,7 +178,7 @@ class Evaluation:
             DecalError: the task doesn't fit the model.
         """
         prompts = list(question.prompts(self.model.tokenizer, self.seed))
-        outcomes, bounds = [], []
+        found = []
         for number, (text, prompt) in enumerate(prompts, 1):
             what = f"{question.task.name} {number}/{len(prompts)}"
             trie, grow = self.builder.build(question.valid, question.policy)
@@ -192,9 +192,7 @@ class Evaluation:
                 cache=self.cache,
                 tick=self._ticker(f"{what}: reading prefixes", len(trie)),
             )
-            outcome_, bound = self._outcome(question, prompt, trie, stored, self._ticker(f"{what}: settings", len(trie)))
-            outcomes.append(outcome_)
-            bounds.append(bound)
+            found.append(self._results(question, prompt, trie, stored, self._ticker(f"{what}: settings", len(trie))))
             visit(text, trie, stored)
         labels = self._labels(question)
         return TaskResult(
@@ -203,10 +201,10 @@ class Evaluation:
             nodes=len(trie),
             family=[family for family, _ in labels],
             setting=[setting for _, setting in labels],
-            validity=np.stack([o.validity for o in outcomes], -1),
-            diversity=np.stack([o.diversity for o in outcomes], -1),
-            slack=np.stack([o.slack for o in outcomes], -1),
-            bounds=np.stack(bounds) if question.policy.one_path_each else None,
+            validity=np.stack([one["validity"] for one in found], -1),
+            diversity=np.stack([one["diversity"] for one in found], -1),
+            slack=np.stack([one["slack"] for one in found], -1),
+            bounds=np.stack([one["bound"] for one in found]) if question.policy.one_path_each else None,
         )
 
     def _ticker(self, what: str, total: int) -> Callable[[int], None]:
@@ -219,6 +217,19 @@ class Evaluation:
 
         tick(0)
         return tick
+
+    def _results(
+        self, question: Question, prompt: Sequence[int], trie: TokenTrie, stored: Rows, tick: Callable[[int], None]
+    ) -> Mapping[str, np.ndarray]:
+        """Validity, diversity and slack of all settings and oracles, and the bound; from disk if they have been computed."""
+
+        def compute() -> Mapping[str, np.ndarray]:
+            outcome_, bound = self._outcome(question, prompt, trie, stored, tick)
+            return {"validity": outcome_.validity, "diversity": outcome_.diversity, "slack": outcome_.slack, "bound": bound}
+
+        if not isinstance(stored, rows.StoredRows):
+            return compute()
+        return kept.load_or_compute(kept.key(self.chains, rows=stored.folder.name), compute)
 
     def _outcome(
         self, question: Question, prompt: Sequence[int], trie: TokenTrie, stored: Rows, tick: Callable[[int], None]
