@@ -382,6 +382,7 @@ def _page(run: DiagnosisRun) -> str:
         kinds=KINDS,
         temperatures=TEMPERATURES,
         parts=list(PARTS),
+        number=lambda value, digits: "" if value is None else f"{value:.{digits}f}",
     )
     return page
 
