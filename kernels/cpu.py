@@ -84,6 +84,7 @@ class _Memory:
         if kind not in held:
             if len(held) >= 4:
                 held.clear()
+                _local.plans = {}  # they hold memory too
             held[kind] = cls(*kind)
         return held[kind]
 
@@ -169,9 +170,11 @@ def run(
     key = id(program), logits.shape, stride, logits.dtype, kind, top, careful, torch.get_num_threads(), PARALLEL
     plan = plans.get(key)
     if plan is None:
+        plan = _plan(program, logits.shape, stride, logits.dtype, kind, top, careful, torch.get_num_threads())
+        plans = _local.plans
         if len(plans) >= 64:
             plans.clear()
-        plan = plans[key] = _plan(program, logits.shape, stride, logits.dtype, kind, top, careful, torch.get_num_threads())
+        plans[key] = plan
     call = bytearray(plan.call)
     if out is not None:
         _POINTERS.pack_into(call, 0, logits.data_ptr(), out.data_ptr(), 0, 0, 0)

@@ -112,6 +112,10 @@ class Program:
     constants: tuple[tuple[int, float], ...]
     columns: tuple[int, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Addresses are those of this object.
+        return Program, (self.code, self.registers, self.constants, self.columns)
+
     @cached_property
     def code_array(self) -> np.ndarray:
         """(instructions, `FIELDS`) int32."""

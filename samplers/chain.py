@@ -127,6 +127,10 @@ class Chain:
             given = ", ".join(f"{step} for {size}" for step, size in sizes.items())
             raise DecalError(f"the steps of a chain are given for different numbers of rows: {given}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Nothing that was worked out for this process.
+        return Chain, (self.steps, self.weights)
+
     def __or__(self, other: Chain | Rule) -> Chain:
         if isinstance(other, Rule):
             other = other()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -145,6 +147,30 @@ def test_parameters_of_each_row():
     assert_same(chain, x)
     alone = torch.cat([(decal.temperature(float(t[i])) | decal.top_p(float(p[i])))(x[i : i + 1]) for i in range(4)])
     assert torch.equal(chain(x), alone.masked_fill(alone.isneginf(), -math.inf))
+
+
+@pytest.mark.parametrize("copied", [lambda c: pickle.loads(pickle.dumps(c)), copy.deepcopy])
+def test_a_chain_that_has_run_can_be_copied(copied):
+    x = Source(6).rows("gaussian", 3, 2100)
+    for text in ("temperature(2) | top_p(0.9)", "top_h(0.4, variant='cumulative') | top_k(3)"):
+        chain = decal.parse(text)
+        whole = chain(x)
+        other = copied(chain)
+        del chain
+        gc.collect()
+        assert str(other) == text or decal.parse(text) == other
+        assert torch.equal(other(x), whole)
+    program = decal.parse("top_p(0.9)").segments[0].program
+    cpu.transform(program, x)
+    assert copied(program).addresses != program.addresses
+
+
+def test_few_widths_hold_their_memory():
+    chain = decal.parse("top_p(0.9)")
+    for width in range(3000, 3040):
+        chain(torch.randn(1, width))
+    assert len(cpu._local.memory) <= 4
+    assert len({id(plan.memory) for plan in cpu._local.plans.values()}) <= 4
 
 
 def test_in_place():
