@@ -279,18 +279,17 @@ def estimate(sample: Sequence[float] | np.ndarray, least: float = 0.0, most: flo
 
 
 def headline(found: Gaps) -> str:
-    """What limits a task, in a sentence."""
+    """What limits a task, in a sentence or two."""
     family, diversity = found.reached
     where = f"at validity ≥ {found.floor:g}"
-    reach = f"reaches diversity {found.size:.2f}" if found.size else "never has that validity"
-    cut = (
-        f"keeping as many tokens as are valid {reach}, the best cutoffs {found.cut:.2f}, just the valid tokens {found.mask:.2f}"
-    )
+    size, cut = (f"reaches diversity {v:.2f}" if v else "never is that valid" for v in (found.size, found.cut))
+    cut = f"keeping as many tokens as are valid {size}, the best cutoff {cut}, keeping just the valid ones {found.mask:.2f}"
     flat = f"among the valid tokens the model reaches {1 - found.shape.value:.2f} at temperature 1, evened out {found.mask:.2f}"
     parts = {"order": (found.order.value, cut), "shape": (found.shape.value, flat)}
     first, second = sorted(parts, key=lambda part: -parts[part][0])
-    best = f"The best sampler ({family}) reaches diversity {diversity:.2f}."
+    best = f"The best sampler ({family}) reaches {diversity:.2f}." if diversity > 0 else "No sampler is that valid."
     if parts[first][0] < SMALL:
         return f"Neither order nor shape limits this {where}. {best}"
-    also = f"; {second} does too: {parts[second][1]}" if parts[second][0] >= SMALL else ""
+    much = parts[second][0] >= max(SMALL, parts[first][0] / 3)
+    also = f"; {second} does too: {parts[second][1]}" if much else ""
     return f"{first.capitalize()} limits this {where}: {parts[first][1]}{also}. {best}"

@@ -408,17 +408,18 @@ def _ribbon_data(ribbon: Ribbon) -> dict[str, Any]:
 
 def _gap_cells(found: Gaps) -> dict[str, str]:
     family, diversity = found.reached
+    reached = diversity > 0
     return {
         "floor": f"{found.floor:g}",
         "order": _cell(found.order, "+.2f"),
         "shape": _cell(found.shape),
         "rest": _cell(found.rest),
         "size": f"{found.size:.2f}" if found.size else "not reached",
-        "cut": f"{found.cut:.2f}",
+        "cut": f"{found.cut:.2f}" if found.cut else "not reached",
         "mask": f"{found.mask:.2f}",
-        "family": family,
-        "reached": f"{diversity:.2f}",
-        "cutoff": _cell(found.cutoff[family], "+.2f"),
+        "family": family if reached else "none",
+        "reached": f"{diversity:.2f}" if reached else "not reached",
+        "cutoff": _cell(found.cutoff[family], "+.2f") if reached else "",
     }
 
 
@@ -443,7 +444,8 @@ def print_table(run: DiagnosisRun, console: Any) -> None:
         parts = [f"{task.divergence(part).value:.2f}" for part in ("total", *PARTS)]
         ap, recall = task.mean("average_precision").value, task.mean("recall_at_08").value
         gap = f"{found.order.value:+.2f}", f"{found.shape.value:.2f}"
-        table.add_row(task.name, f"{ap:.2f}", f"{recall:.2f}", *parts, *gap, f"{family} {diversity:.2f}")
+        best = f"{family} {diversity:.2f}" if diversity > 0 else "none is that valid"
+        table.add_row(task.name, f"{ap:.2f}", f"{recall:.2f}", *parts, *gap, best)
     console.print(table)
     said = f"Gaps are in diversity, at validity ≥ {run.floor:g}; KL and its parts in nats, at temperature 1."
     console.print(f"\n{said}\n", style="dim", highlight=False)
