@@ -35,7 +35,7 @@ def _estimate(*path: str) -> Number:
 
 
 def _reached(gaps: Mapping[str, Any]) -> float:
-    return gaps["size"] - min(gap["value"] for gap in gaps["cutoff"].values())
+    return max(gaps["size"], gaps["cut"]) - min(gap["value"] for gap in gaps["cutoff"].values())
 
 
 NUMBERS: dict[str, Number] = {
@@ -47,9 +47,7 @@ NUMBERS: dict[str, Number] = {
     **{f"KL: {part}": _estimate("divergence", part) for part in PARTS},
     "order gap": lambda task, floor: task["gaps"][floor]["order"]["value"],
     "shape gap": lambda task, floor: task["gaps"][floor]["shape"]["value"],
-    "best sampler": lambda task, floor: (
-        task["gaps"][floor]["size"] - min(g["value"] for g in task["gaps"][floor]["cutoff"].values())
-    ),
+    "best sampler": lambda task, floor: _reached(task["gaps"][floor]),
 }
 """What is compared, by its heading: validity and diversity at temperature 1, order, shape, and diversities at the floor."""
 
@@ -76,7 +74,7 @@ class Comparison:
     Attributes:
         runs: what the runs say of themselves, without their tasks.
         tasks: names of the common tasks.
-        left_out: tasks that only some runs have, or with other prompts.
+        left_out: tasks that only some runs have, or in another form, with another number of prompts or of answers.
         floor: validity floor of the gaps.
         lines: one for each of `NUMBERS` that every run has.
         headlines: (M, T) what limits each model on each task, by its run.
@@ -116,7 +114,7 @@ def compare(runs: Sequence[dict[str, Any]], floor: float = 0.8, seed: int = 0) -
     """Compare runs, of which the first is the one that others are compared to.
 
     Raises:
-        DecalError: fewer than two runs, no common task, or the floor isn't one of theirs.
+        DecalError: fewer than two runs, no common task, runs of another grid or seed, or the floor isn't one of theirs.
     """
     if len(runs) < 2:
         raise DecalError(f"a comparison needs at least two runs, got {len(runs)}")
@@ -124,6 +122,9 @@ def compare(runs: Sequence[dict[str, Any]], floor: float = 0.8, seed: int = 0) -
         if floor not in run["floors"]:
             has = ", ".join(f"{f:g}" for f in run["floors"])
             raise DecalError(f"the run of {run['model']['name']} has no validity floor {floor:g}, only {has}")
+    for name in ("grid", "seed", "swept"):
+        if len(given := {run.get(name) for run in runs}) > 1:
+            raise DecalError(f"runs to compare need the same {name}, got {' and '.join(map(str, given))}")
     by_name = [{task["name"]: task for task in run["tasks"]} for run in runs]
     every = list(dict.fromkeys(name for tasks in by_name for name in tasks))
     tasks = [name for name in every if len({_put(tasks.get(name)) for tasks in by_name}) == 1]

@@ -66,18 +66,18 @@ class Choice:
 @dataclass(frozen=True)
 class Hardness:
     """How hard the steps are in the sense of Theorem 4.2: an estimate, for which prefixes are weighted as a uniformly drawn
-    answer meets them and not as the cutoff's own law does.
+    answer meets them. A cutoff's own law meets them otherwise, so what follows may be exceeded.
 
     Attributes:
         eta: (E,) bounds on -log of local precision.
-        rho: (steps, E) the least -log of local recall that a cutoff within the bound can have.
+        rho: (steps, E) what -log of local recall is at least, for cutoffs within the bound; infinite if there are none.
     """
 
     eta: np.ndarray
     rho: np.ndarray
 
     def bound(self, precision: float) -> float:
-        """Sequence recall that no cutoff of that sequence precision exceeds, if the steps are as hard as estimated."""
+        """What Theorem 4.2 says of the sequence recall at that sequence precision, for steps as hard as estimated."""
         best = 1.0
         for eta, rho in zip(self.eta, self.rho.T, strict=True):
             # The m hardest steps are all at least as hard as the m-th.
@@ -165,11 +165,14 @@ def _choice(some: Sequence[Prefix], answers: int) -> Choice:
 
 
 def _given_valid(trie: TokenTrie, found: Sequence[Prefix]) -> float:
-    """The entropy of a law is that of its choices, each weighted with the probability of coming to it."""
+    """The entropy of a law is that of its choices, each weighted with the probability of coming to it; NaN if the model rules
+    out all that is valid at a prefix it comes to."""
     come = np.zeros(len(trie))
     come[0] = 1.0
     entropy = 0.0
     for p in found:  # parents come before their children
+        if come[p.node] and not p.share.any():
+            return math.nan
         entropy += come[p.node] * shape.entropy(p.share)
         inner = p.to >= 0
         come[p.to[inner]] = come[p.node] * p.share[inner] / max(p.share.sum(), 1e-300)
@@ -190,29 +193,24 @@ def _follow(name: str, trie: TokenTrie, found: Sequence[Prefix], sizes: Sequence
 
 
 PRICES = np.concatenate([[0.0], np.geomspace(1e-4, 1e4, 121)])
-"""Recall that a unit of precision is worth, for the best trade between the two at a depth."""
+"""Recall that a unit of precision is worth, at which the best trade between the two is looked for."""
 
 
 def _hardness(found: Sequence[Prefix]) -> Hardness:
-    rho = []
-    for some in order.by_depth(found):
-        alpha, beta = _best_trades(some)
-        with np.errstate(divide="ignore"):
-            a, b = -np.log(alpha), -np.log(beta)
-        rho.append([b[a <= eta + 1e-12].min(initial=np.inf) for eta in ETAS])
+    answers = float(found[0].count.sum())
+    rho = [-np.log(_most_recall(some, answers)) for some in order.by_depth(found)]
     return Hardness(ETAS, np.asarray(rho))
 
 
-def _best_trades(some: Sequence[Prefix]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean local precision and recall at a depth of the cutoffs that are best for each of `PRICES`."""
-    alpha, beta = np.zeros(len(PRICES)), np.zeros(len(PRICES))
-    weight = np.asarray([p.count.sum() for p in some], dtype=float)
-    for share, p in zip(weight / weight.sum(), some, strict=True):
-        recall = p.recall()
-        best = (recall + PRICES[:, None] * p.precision).argmax(-1)
-        alpha += share * p.precision[best]
-        beta += share * recall[best]
-    return alpha, beta
+def _most_recall(some: Sequence[Prefix], answers: float) -> np.ndarray:
+    """(E,) mean local recall at a depth that no cutoffs with mean local precision at least exp(-`ETAS`) exceed, 1e-300 where
+    there are none. By duality: at every price the best trade bounds them all. An answer that has ended stays right."""
+    weight = np.asarray([p.count.sum() for p in some], dtype=float) / answers
+    best = (1 - weight.sum()) * (1 + PRICES)
+    for share, p in zip(weight, some, strict=True):
+        best = best + share * (p.recall() + PRICES[:, None] * p.precision).max(-1)
+    most = (best[:, None] - PRICES[:, None] * np.exp(-ETAS)).min(0)
+    return np.clip(most, 1e-300, 1.0)
 
 
 # ---- gaps
@@ -226,12 +224,12 @@ class Gaps:
 
     Attributes:
         size, cut, mask: of three oracles: as many tokens as are valid, from the top; the best cutoff of every ranking; just the
-            valid tokens. Each at the best temperature of the grid, or uniform. ``cut`` is NaN if an answer has several token
-            sequences.
-        order: mask less size.
-        shape: 1 less the mask at temperature 1: how unevenly the model shares between valid steps.
-        rest: 1 less mask: what no temperature repairs of it.
-        cutoff: for every family of samplers, size less the family; negative where it does better than the oracle.
+            valid tokens. Each at the best temperature of the grid, or uniform.
+        order: mask less the better of the two others: what no cutoff repairs. It may be negative, since to drop valid tokens
+            too can even out the law over answers.
+        shape: 1 less the mask at temperature 1: how unevenly the model shares between valid steps. Whatever the floor.
+        rest: 1 less mask.
+        cutoff: for every family of samplers, the better of size and cut less the family; negative where it does better.
     """
 
     floor: float
@@ -247,49 +245,54 @@ class Gaps:
     def reached(self) -> tuple[str, float]:
         """The best family of samplers, and its diversity."""
         family = min(self.cutoff, key=lambda f: self.cutoff[f].value)
-        return family, self.size - self.cutoff[family].value
+        return family, max(self.size, self.cut) - self.cutoff[family].value
 
 
 def gaps(result: TaskResult, floor: float, given_valid: np.ndarray) -> Gaps:
     """The gaps of a task; ``given_valid`` (D,) is `Diagnosis.given_valid` of every prompt."""
-    size, cut, mask, _ = ORACLES
 
     def reached(family: str) -> np.ndarray:
         chosen = result.chosen(family, floor)
         return np.zeros(len(result.prompts)) if chosen is None else result.diversity[chosen]
 
-    most, top = reached(mask), reached(size)
+    size, cut, mask = (reached(oracle) for oracle in ORACLES[:3])
+    ceiling = max(size, cut, key=np.mean)
     return Gaps(
         floor=floor,
-        size=float(top.mean()),
-        cut=float(reached(cut).mean()) if result.bounds is not None else math.nan,
-        mask=float(most.mean()),
-        order=estimate(most - top, -1.0),
+        size=float(size.mean()),
+        cut=float(cut.mean()),
+        mask=float(mask.mean()),
+        order=estimate(mask - ceiling, -1.0),
         shape=estimate(1 - given_valid),
-        rest=estimate(1 - most),
-        cutoff={f: estimate(top - reached(f), -1.0) for f in result.families() if f not in ORACLES},
+        rest=estimate(1 - mask),
+        cutoff={f: estimate(ceiling - reached(f), -1.0) for f in result.families() if f not in ORACLES},
     )
 
 
 def estimate(sample: Sequence[float] | np.ndarray, least: float = 0.0, most: float = 1.0) -> Estimate:
-    """The mean over prompts with its interval, none if there are fewer than two."""
+    """The mean over prompts with its interval; none if there are fewer than two, or one is infinite."""
     values = np.asarray(sample, dtype=float)
-    low, high = interval(values, least, most)
-    return Estimate(float(values.mean()), None, None) if math.isnan(low) else Estimate(float(values.mean()), low, high)
+    if len(values) < 2 or not np.isfinite(values).all():
+        return Estimate(float(values.mean()))
+    return Estimate(float(values.mean()), *interval(values, least, most))
 
 
 def headline(found: Gaps) -> str:
     """What limits a task, in a sentence or two."""
     family, diversity = found.reached
     where = f"at validity ≥ {found.floor:g}"
-    size, cut = (f"reaches diversity {v:.2f}" if v else "never is that valid" for v in (found.size, found.cut))
-    cut = f"keeping as many tokens as are valid {size}, the best cutoff {cut}, keeping just the valid ones {found.mask:.2f}"
-    flat = f"among the valid tokens the model reaches {1 - found.shape.value:.2f} at temperature 1, evened out {found.mask:.2f}"
-    parts = {"order": (found.order.value, cut), "shape": (found.shape.value, flat)}
-    first, second = sorted(parts, key=lambda part: -parts[part][0])
     best = f"The best sampler ({family}) reaches {diversity:.2f}." if diversity > 0 else "No sampler is that valid."
-    if parts[first][0] < SMALL:
+    size, cut = (f"reaches diversity {v:.2f}" if v else "never is that valid" for v in (found.size, found.cut))
+    cuts = f"keeping as many tokens as are valid {size}, the best cutoff {cut}, keeping just the valid ones {found.mask:.2f}"
+    flat = (
+        f"among the valid tokens the model reaches {1 - found.shape.value:.2f} at temperature 1, {found.mask:.2f} at the best"
+    )
+    parts = {"order": (found.order, cuts), "shape": (found.shape, flat)}
+    first, second = sorted(parts, key=lambda part: -parts[part][0].value)
+    if parts[first][0].value < SMALL or diversity > 1 - SMALL:
         return f"Neither order nor shape limits this {where}. {best}"
-    much = parts[second][0] >= max(SMALL, parts[first][0] / 3)
+    much = parts[second][0].value >= max(SMALL, parts[first][0].value / 3)
     also = f"; {second} does too: {parts[second][1]}" if much else ""
-    return f"{first.capitalize()} limits this {where}: {parts[first][1]}{also}. {best}"
+    low = parts[first][0].low
+    unsure = " Prompts differ so much that this is not sure." if low is not None and low < SMALL else ""
+    return f"{first.capitalize()} limits this {where}: {parts[first][1]}{also}. {best}{unsure}"

@@ -202,7 +202,7 @@ def _sequences(task: TaskDiagnosis) -> list[dict[str, Any]]:
                 "beta": np.mean([_padded(s.beta, same) for s in same], 0).tolist(),
                 "precision": float(np.mean([s.precision for s in same])),
                 "recall": float(np.mean([s.recall for s in same])),
-                "bound": float(np.mean(bounds)),
+                "recall_by_theorem_4_2": float(np.mean(bounds)),
             }
         )
     return found
@@ -320,7 +320,7 @@ def _draw_divergence(axis: Any, task: TaskDiagnosis) -> None:
             np.mean([getattr(c.divergence, part) for d in task.prompts for c in d.choices if c.depth == one]) for one in depths
         ]
         height = np.nan_to_num(np.asarray(at), posinf=0.0)
-        axis.bar(place, height, 0.7, bottom=below, color=colour, label=f"{part} {height.sum():.2f}")
+        axis.bar(place, height, 0.7, bottom=below, color=colour, label=f"{part} {sum(at):.2f}")
         below += height
     axis.set(xlabel="step", ylabel="nats", title="KL(uniform on valid answers || model), by step")
     axis.set_xticks(place)

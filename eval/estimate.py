@@ -1,11 +1,14 @@
 """Validity and diversity where the valid set is too large to read every prefix: estimates with intervals, by sampling answers.
 
-Answers are drawn half from the uniform law on the valid set, which counting makes easy, and half from the model at temperature
-1 made to write only valid tokens. Whatever a chain does, its probability of each drawn answer is then computed exactly, and
-weighted by how likely the answer was to be drawn (importance sampling from a mixture). So one set of forward passes, as many
-as the drawn answers have prefixes, serves every chain, and estimates of different chains are paired.
+Answers are drawn half from the uniform law on the valid set, which counting makes easy, and half from the model made to write
+only valid tokens, at one of four temperatures. Whatever a chain does, its probability of each drawn answer is then computed
+exactly, and weighted by how likely the answer was to be drawn (importance sampling from a mixture). So one set of forward
+passes, at most as many as the drawn answers have prefixes, serves every chain, and estimates of different chains are paired.
 
-Legend: S settings, A distinct answers drawn, R resamples.
+What was not drawn is not seen: a chain that is much sharper than these laws may put its probability where no draw is. The
+number of effective draws is computed from the draws alone and can't tell that; below `FEW` of them no interval is given.
+
+Legend: S settings, A distinct answers drawn, R resamples, K temperatures.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ RESAMPLES = 400
 END = -1
 """In place of a token: the end of the answer."""
 FEW = 100
-"""Below this many effective draws an estimate says little."""
+"""Below this many effective draws an estimate has no interval: resampling would make it too narrow."""
+TEMPERATURES = (0.25, 0.5, 1.0, 2.0)
+"""At which the model is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Draws:
         trie: their token sequences; answers are numbered in it.
         uniform, guided: (A,) how often each came from either law.
         guided_others: how often the guided law gave another spelling of an answer, which doesn't count as one.
-        log_guided: (A,) log-probability of each under the guided law.
+        log_guided: (A,) log-probability of each under the guided law, the mean over temperatures.
         size: |V|.
     """
 
@@ -100,9 +105,12 @@ class Drawing:
         self.others = 0
         # A state is what is written of a character, None before a leading space, and the state of the valid set.
         self.state: list[Any] = [(None if self.space else b"", valid.start)]
-        self.waiting = {0: guided}
-        self.log_guided = [0.0]
-        self.log_ending: dict[int, float] = {}
+        # By temperature: draws that have come to a node, and the log-probability of coming there and of ending there.
+        k = len(TEMPERATURES)
+        self.waiting = {0: np.asarray([guided * (i + 1) // k - guided * i // k for i in range(k)])}
+        self.log_guided = [np.zeros(k)]
+        self.log_ending: dict[int, np.ndarray] = {}
+        self.guided_total = guided
         rng = np.random.default_rng([seed, 0])
         for number in _below(rng, valid.size, uniform):
             self.uniform[self._answer(self._insert(self.space + valid.at(number)))] += 1
@@ -118,7 +126,7 @@ class Drawing:
         child = self.trie.add(node, token)
         if child == known:
             self.state.append(self._following(self.state[node])[token])
-            self.log_guided.append(math.nan)
+            self.log_guided.append(np.full(len(TEMPERATURES), math.nan))
         return child
 
     def _answer(self, node: int) -> int:
@@ -170,24 +178,34 @@ class Drawing:
         if written == b"" and self.valid.final(here):
             tokens.append(END)
             share = np.append(share, p[list(trie.ends)].sum())
-        drawn = self.waiting.pop(node, 0)
-        total = share.sum()
-        with np.errstate(divide="ignore"):
-            log_share = np.log(share / total) if total > 0 else np.full(len(share), -np.inf)
-        if not total > 0:
-            self.others += drawn
-        elif drawn:
-            rng = np.random.default_rng([self.seed, 1, *trie.path(node)])
-            for place, times in enumerate(rng.multinomial(drawn, share / total)):
-                if times and tokens[place] == END:
-                    self._ended(node, int(times))
-                elif times:
-                    self.waiting[self._child(node, tokens[place])] = int(times)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_share = np.log(share) / np.asarray(TEMPERATURES)[:, None]
+            log_share -= np.logaddexp.reduce(log_share, -1, keepdims=True)
+        if not share.any():
+            log_share[:] = -np.inf
+        # (K, tokens) how many go on with each token, at each temperature.
+        times = self._draw(node, log_share)
+        for place, token in enumerate(tokens):
+            if times[:, place].any() and token == END:
+                self._ended(node, int(times[:, place].sum()))
+            elif times[:, place].any():
+                self.waiting[self._child(node, token)] = times[:, place]
         for place, token in enumerate(tokens):
             if token == END:
-                self.log_ending[node] = float(log_share[place])
+                self.log_ending[node] = log_share[:, place]
             elif token in trie.children[node]:
-                self.log_guided[trie.children[node][token]] = self.log_guided[node] + float(log_share[place])
+                self.log_guided[trie.children[node][token]] = self.log_guided[node] + log_share[:, place]
+
+    def _draw(self, node: int, log_share: np.ndarray) -> np.ndarray:
+        drawn = self.waiting.pop(node, None)
+        if drawn is None or not drawn.any():
+            return np.zeros(log_share.shape, dtype=np.int64)
+        share = np.exp(log_share)
+        if not share.any():
+            self.others += int(drawn.sum())
+            return np.zeros(log_share.shape, dtype=np.int64)
+        rng = np.random.default_rng([self.seed, 1, *self.trie.path(node)])
+        return np.stack([rng.multinomial(n, p / p.sum()) for n, p in zip(drawn, share, strict=True)])
 
     def _ended(self, node: int, times: int) -> None:
         path = self.trie.path(node)
@@ -199,7 +217,12 @@ class Drawing:
 
     def draws(self) -> Draws:
         """What was drawn, once the trie is grown."""
-        log_guided = np.asarray([self.log_guided[node] + self.log_ending[node] for node in self.answers])
+        by_temperature = np.stack([self.log_guided[node] + self.log_ending[node] for node in self.answers])
+        # The draws are shared out as evenly as whole numbers go, and weighted as they were.
+        k = len(TEMPERATURES)
+        shares = [self.guided_total * (i + 1) // k - self.guided_total * i // k for i in range(k)]
+        with np.errstate(divide="ignore"):
+            log_guided = np.logaddexp.reduce(by_temperature + np.log(np.asarray(shares) / self.guided_total), -1)
         return Draws(self.trie, self._times(self.uniform), self._times(self.guided), self.others, log_guided, self.valid.size)
 
     def _times(self, counts: Counter[int]) -> np.ndarray:
@@ -213,7 +236,7 @@ class Estimated:
     Attributes:
         validity, diversity: (S,); diversity is NaN where nothing valid was drawn that the setting can give.
         resampled: (2, R, S) both, with the answers drawn again.
-        effective: (S,) draws from the setting's own law that would tell as much about its validity.
+        effective: (S,) number of equally weighted draws that the weighted ones are worth, as far as these can tell.
         nodes: prefixes read.
     """
 
@@ -230,9 +253,9 @@ def weigh(draws: Draws, answers: np.ndarray, seed: int = 0) -> Estimated:
     Args:
         answers: (S, A) probability that each setting gives each drawn answer.
     """
-    weight = answers / np.exp(draws.log_proposal)
-    with np.errstate(divide="ignore"):
-        logs = np.where(answers > 0, np.log(np.where(answers > 0, answers, 1.0)), 0.0)
+    given = answers > 0
+    logs = np.log(np.where(given, answers, 1.0))
+    weight = np.where(given, np.exp(logs - draws.log_proposal), 0.0)
     counts = draws.uniform + draws.guided
     rng = np.random.default_rng([seed, 2])
     again = _again(rng, draws.uniform, 0) + _again(rng, draws.guided, draws.guided_others)
@@ -293,11 +316,16 @@ def estimate(
 
 
 def over_prompts(found: Sequence[Estimated]) -> tuple[list[Estimate], list[Estimate]]:
-    """Validity and diversity of each setting, means over prompts; intervals cover the drawing of answers, not of prompts."""
+    """Validity and diversity of each setting, means over prompts, at most 1; intervals cover the drawing of answers, not of
+    prompts, and are left out below `FEW` effective draws."""
     value = np.mean([[one.validity, one.diversity] for one in found], 0)
     low, high = np.quantile(np.mean([one.resampled for one in found], 0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
-    lines = np.stack([value, low, high], -1).tolist()
-    return [Estimate(*one) for one in lines[0]], [Estimate(*one) for one in lines[1]]
+    lines = np.minimum(np.stack([value, low, high], -1), 1.0)
+    enough = np.min([one.effective for one in found], 0) >= FEW
+    both = [
+        [Estimate(*map(float, ends if many else ends[:1])) for ends, many in zip(line, enough, strict=True)] for line in lines
+    ]
+    return both[0], both[1]
 
 
 def summary(
@@ -332,8 +360,14 @@ def print_table(told: Mapping[str, Any], console: Any) -> None:
     prompts = f"{told['prompts']} prompts" if told["prompts"] > 1 else "one prompt"
     console.print(f"{told['model']}, {told['task']}: {told['answers']} answers, {prompts}, {told['samples']} draws each\n")
     console.print(table)
-    console.print("\nIn brackets 95 % intervals for the drawing of answers; the choice of prompts is not in them.", style="dim")
+    said = f"In brackets 95 % intervals for the drawing of answers, from {FEW} effective draws on; prompts are not in them."
+    console.print(
+        f"\n{said} A chain much sharper than the model may hide where nothing was drawn.", style="dim", highlight=False
+    )
 
 
-def _cell(value: Mapping[str, float] | None) -> str:
-    return "" if value is None else f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+def _cell(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    ends = "" if value["low"] is None else f" [{value['low']:.4g}, {value['high']:.4g}]"
+    return f"{value['value']:.4g}{ends}"

@@ -259,13 +259,13 @@ class Evaluation:
 
 
 def _oracle_scales(chains: Sequence[Chain]) -> list[float]:
-    """Scales at which oracles are tried: those that chains of several steps end at, descending, and at last 0, uniform.
+    """Scales at which oracles are tried, descending: those that chains of several steps end at, 1, and 0, uniform.
 
     Of plain temperatures, which may be many, only if there is nothing else.
     """
     several = {scale_after(c.steps) for c in chains if len(c.steps) > 1} - {None}
     found = several or {scale_after(c.steps) for c in chains} - {None}
-    return sorted({0.0, *found}, reverse=True)  # type: ignore[arg-type]
+    return sorted({1.0, 0.0, *found}, reverse=True)  # type: ignore[arg-type]
 
 
 def end_tokens(model: LoadedModel) -> list[int]:

@@ -120,7 +120,7 @@ class Prefix:
         return int(self.upto[min(int(np.searchsorted(self.recall(weighting), recall - 1e-9)), len(self.upto) - 1)])
 
     def size_with(self, precision: float) -> int:
-        """Size of the largest cutoff with at least that precision, or 1 if there is none."""
+        """Size of the largest cutoff that ends behind a valid step and has at least that precision, or 1 if there is none."""
         valid = np.flatnonzero(self.precision >= precision - 1e-12)
         if not len(valid):
             return 1
@@ -195,7 +195,8 @@ def _prefix(
     tokens = int(max(places.alive[node], 1))
     if len(ends):
         best = ends[np.argmin(places.upto[ends])]
-        others = np.sort(places.upto[ends[ends != best]])
+        rest = places.upto[ends[ends != best]]
+        others = np.sort(rest[rest <= places.alive[node]])
         to, counts = np.append(to, -1), np.append(counts, ending)
         share = np.append(share, places.share[ends].sum())
         above, upto = np.append(above, places.above[best]), np.append(upto, places.upto[best])

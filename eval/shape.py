@@ -142,7 +142,8 @@ def fitted_ranks(tokens: int) -> np.ndarray:
 
 
 def fit_logits(ranks: np.ndarray, logits: np.ndarray) -> LogitFit:
-    """The best fit to sorted logits at some ranks, all equally important; every split and a few dozen shifts are tried.
+    """The best fit to sorted logits at some ranks, all equally important, over splits that leave at least three ranks to the
+    line and five to the logarithm, and 37 shifts from -300 to 3000.
 
     Raises:
         ValueError: fewer than eight ranks.

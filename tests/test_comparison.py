@@ -32,7 +32,13 @@ def run_of(model: str, values: dict[str, float], **changes: Any) -> dict[str, An
             "order": {"average_precision": number(v), "recall_at_08": number(v)},
             "divergence": {part: number(3 * v) for part in ("order", "tail", "shape", "total")},
             "gaps": [
-                {"size": v, "order": number(v - f), "shape": number(v), "cutoff": {"min_p": number(v / 4), "top_p": number(v)}}
+                {
+                    "size": v,
+                    "cut": v / 2,
+                    "order": number(v - f),
+                    "shape": number(v),
+                    "cutoff": {"min_p": number(v / 4), "top_p": number(v)},
+                }
                 for f in (0.5, 0.8)
             ],
         }
@@ -88,6 +94,8 @@ def test_what_a_run_does_not_have_is_left_out_of_all():
         ([run_of("one", A)], "at least two runs, got 1"),
         ([run_of("one", A), run_of("two", {"x": 0.1})], "no task in common"),
         ([run_of("one", A), run_of("two", A, floors=[0.5])], "two has no validity floor 0.8, only 0.5"),
+        ([run_of("one", A), run_of("two", A, grid="all")], "need the same grid"),
+        ([run_of("one", A), run_of("two", A, seed=1)], "need the same seed"),
     ],
 )
 def test_runs_that_do_not_go_together(runs, message):

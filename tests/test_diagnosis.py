@@ -84,7 +84,8 @@ def test_three_planted_models(kind, verdict, depth, seed):
         assert gaps.reached[1] == pytest.approx(1, abs=1e-9)
         assert [gaps.order.value, gaps.shape.value] == pytest.approx([0, 0], abs=0.02)
     if kind == "peaked":
-        assert gaps.order.value == pytest.approx(0, abs=1e-9)
+        # Negative where letting go of a valid token evens out the rest.
+        assert gaps.order.value <= 1e-9
         assert found.mean("average_precision") == pytest.approx(1)
         assert parts.order == pytest.approx(0, abs=1e-12)
         assert parts.shape > 0.1
@@ -115,19 +116,60 @@ def test_the_mask_at_temperature_1_is_the_oracles(seed):
     assert found.given_valid == pytest.approx(np.exp(-(law * np.log(law)).sum()) / trie.size)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(60))
 def test_hardness_holds_for_the_law_it_is_estimated_under(seed):
-    """For one-step answers both laws are the same, so the bound must hold for every cutoff."""
+    """For one-step answers both laws are the same, so no cutoff may exceed what the theorem says."""
     rng = np.random.default_rng(seed)
-    answers = [(int(t),) for t in rng.choice(np.arange(1, 30), 6, replace=False)]
+    answers = [(int(t),) for t in rng.choice(np.arange(1, 200), int(rng.integers(2, 120)), replace=False)]
     trie = tiny.trie_of(sorted(answers), (0,))
-    logits = torch.from_numpy(rng.standard_normal((len(trie), 40)) * 2)
+    logits = torch.from_numpy(rng.standard_normal((len(trie), 300)) * 2)
     logits[1:, 0] = 50.0  # who has answered ends
     found = order.prefixes(trie, tiny.blocks(logits))
     hardness = diagnose(trie, found).hardness
     root = found[0]
     for precision, recall in zip(root.precision, root.recall(), strict=True):
         assert recall <= hardness.bound(precision) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_answers_that_have_ended_stay_right(seed):
+    """Many of these answers begin others. Were those that have ended forgotten, a third of the cutoffs would exceed it."""
+    trie, logits = case_of(seed)
+    found = diagnose(trie, order.prefixes(trie, tiny.blocks(logits)))
+    for sequence in found.sequences:
+        assert sequence.steps.recall <= found.hardness.bound(max(sequence.steps.precision, 1e-300)) + 1e-9
+
+
+def test_one_inversion_is_no_fault_of_order():
+    """The size oracle drops a valid end that stands behind one invalid token; the best cutoff doesn't, and nor do samplers."""
+    trie = tiny.trie_of([(t,) for t in range(1, 11)], (0,))
+    logits = torch.full((len(trie), VOCABULARY), -40.0)
+    logits[0, 1:11] = 0.0
+    logits[1:, 0] = 5.0
+    logits[1:4, 30] = 5.05
+    found = diagnose(trie, order.prefixes(trie, tiny.blocks(logits)))
+    gaps = diagnosis.gaps(result_of(trie, logits), 0.8, np.asarray([found.given_valid]))
+    assert gaps.size < 0.5 < gaps.cut
+    assert gaps.order.value < 0.05
+    assert diagnosis.headline(gaps).startswith("Neither")
+
+
+def gaps_of(order_values, shape_value, best, size=0.9):
+    other = diagnosis.Gaps(
+        0.8, size, size, 1.0, diagnosis.estimate(order_values, -1), diagnosis.estimate([shape_value] * len(order_values)),
+        diagnosis.estimate([0.0]), {"min_p": diagnosis.estimate([size - best], -1.0)},
+    )  # fmt: skip
+    return diagnosis.headline(other)
+
+
+def test_headlines_say_no_more_than_is_known():
+    assert gaps_of([0.3, 0.3, 0.3], 0.0, 0.5).endswith("The best sampler (min_p) reaches 0.50.")
+    assert gaps_of([0.9, -0.1, 0.1], 0.0, 0.5).endswith("Prompts differ so much that this is not sure.")
+    assert gaps_of([0.3] * 3, 0.0, 0.97).startswith("Neither order nor shape")
+    assert gaps_of([0.0] * 3, 0.5, 0.96).startswith("Neither order nor shape")
+    assert "order does too" not in gaps_of([0.1] * 3, 0.9, 0.1)
+    assert "order does too" in gaps_of([0.4] * 3, 0.9, 0.1)
+    assert gaps_of([1.0] * 3, 0.0, 0.0, size=0.0).endswith("No sampler is that valid.")
 
 
 def test_answers_of_several_spellings_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,10 +109,47 @@ def test_a_million_answers_cost_no_more_than_what_is_drawn() -> None:
     assert len(found) == 2
     assert all(one.nodes <= 60 * 13 for one in found)
     validity, diversity = estimate.over_prompts(found)
-    assert all(v.low <= v.value <= v.high for v in validity)
+    assert all(v.low is None or v.low <= v.value <= v.high for v in validity)
     assert all(0 < d.value <= 1 for d in diversity)
     # Nothing has listed the answers.
     assert "answers" not in question.__dict__
+
+
+def test_no_interval_from_few_draws() -> None:
+    one = estimate.Estimated(
+        np.asarray([0.5, 1.2]), np.asarray([0.1, 0.2]), np.full((2, 400, 2), 0.3), np.asarray([9.0, 500.0]), 3
+    )
+    (few, many), _ = estimate.over_prompts([one])
+    assert few == estimate.Estimate(0.5)
+    assert many == estimate.Estimate(1.0, 0.3, 0.3)
+    told = estimate.summary([one], CHAINS[:2], SimpleNamespace(task=SimpleNamespace(name="t"), valid=WORDS), "m", 4, 0)
+    assert json.loads(json.dumps(told, allow_nan=False))["chains"][0]["validity"]["low"] is None
+
+
+def test_sharp_chains_are_drawn_too() -> None:
+    """A law with two branches, one of which is many small answers until it is sharpened."""
+    valid = ValidSet.from_regex("b|a[0-4]{5}")
+    tokenizer = tiny.byte_level()
+    setting = tiny.builder(tokenizer), None, []
+    logits = {c: torch.full((len(tokenizer),), -30.0) for c in " ab0e"}
+    index = {c: tokenizer(c)["input_ids"][0] for c in " ab01234\n"}
+    drawing = Drawing(setting[0], valid, POLICY, 150, 150, 1)
+    rows: list[tuple[list[int], torch.Tensor]] = []
+    todo = [0]
+    while todo:
+        node = todo.pop(0)
+        text = "".join(next(c for c, t in index.items() if t == token) for token in drawing.trie.path(node))
+        row = logits["e"].clone()
+        for c in {"": " ", " ": "ab"}.get(text, "\n" if text == " b" or len(text) == 7 else "01234"):
+            row[index[c]] = -1.0 * int(c) if c.isdigit() else 0.0
+        rows.append(([node], row[None]))
+        drawing.grow(drawing.trie, node, row.double().softmax(-1))
+        todo += drawing.trie.children[node].values()
+    draws = drawing.draws()
+    chains = [decal.parse("temperature(0.2)"), decal.parse("top_k(2)")]
+    flow = exact.flows(draws.trie, rows, exact.group(chains), 2)
+    found = estimate.weigh(draws, exact.outcome(draws.trie, flow).answers)
+    np.testing.assert_allclose(found.validity, 1.0, atol=0.25)
 
 
 def test_answers_by_number_are_those_of_iteration() -> None:

@@ -29,6 +29,8 @@ def case_of(seed: int, ends: tuple[int, ...] = (0,)) -> tuple[TokenTrie, Tensor]
         logits = (logits * 2).round() / 2
     if seed % 4 == 0:
         logits[:, 30:34] = -math.inf
+    if seed % 8 == 1:
+        logits[:, 36] = -math.inf
     return trie, logits
 
 
