@@ -43,7 +43,7 @@ class Run:
     def diversity(self, task: str, family: str, floor: float = FLOOR) -> float:
         """Of the best setting of a filter that reaches the floor; 0 if none does."""
         gaps = self.gaps(task, floor)
-        return max(0.0, gaps["size"] - gaps["cutoff"][family]["value"])
+        return max(0.0, max(gaps["size"], gaps["cut"]) - gaps["cutoff"][family]["value"])
 
     def best(self, task: str) -> float:
         """Of the best of the paper's filters."""
@@ -244,7 +244,6 @@ def write(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run]], out: Path) -> N
         quantised=quantised,
     )
     (out / "paper.md").write_text(page)
-    (out / "paper.json").write_text(json.dumps({r.name: r.told for r in runs}, indent=1))
     shutil.copy(runs[0].folder / "diagnosis-digits3_sum_le.png", out / f"paper-{runs[0].name}.png")
 
 
