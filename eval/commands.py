@@ -133,7 +133,7 @@ def frontier(out: Path, **asked: Any) -> None:
     Every setting of the grid is evaluated on every task, exactly and without sampling, beside four oracles. Prints a table and
     writes results.json, settings.parquet, figures and report.html.
     """
-    from decal.eval import report as pages
+    from decal.eval import frontier_report as pages
 
     job = _ask(out, **asked)
     results = []
@@ -467,14 +467,15 @@ def probe(
     from dataclasses import replace
     from functools import cache, partial
 
-    from decal.eval import judge, models, tree, tree_report
+    from decal.eval import judge, models, probe_report
+    from decal.eval import probe as probes
 
     # Everything that can be wrong with the request is found before the model is loaded.
     load = cache(partial(models.load, device=device, dtype=dtype, accept_licence=accept_licence))
     key = os.environ.get(key_variable) or None
     judge_ = judge.parse(judge_name, threshold=threshold, key=key, workers=workers, load=load)
-    plan = tree.Plan(
-        ranks=tree.ranks(ranks_),
+    plan = probes.Plan(
+        ranks=probes.ranks(ranks_),
         depth=depth,
         branch=branch,
         completions=completions,
@@ -492,7 +493,7 @@ def probe(
     bars = _progress(plan.nodes)
     bars.bars.update(bars.overall, description="prefixes")
     with bars as (report_to, node_done):
-        found = tree.probe(loaded, judge_, prompt, plan, out, report_to, node_done)
+        found = probes.probe(loaded, judge_, prompt, plan, out, report_to, node_done)
     about = {
         "decal": decal.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -501,10 +502,10 @@ def probe(
         "judge": judge_name,
     }
     found = replace(found, about=about)
-    files = tree_report.write(found, out)
+    files = probe_report.write(found, out)
     console = _console()
     console.print(f"{loaded.name}, judge {judge_name}, seed {seed}\n", highlight=False, markup=False, soft_wrap=True)
-    tree_report.print_table(found, console)
+    probe_report.print_table(found, console)
     console.print(f"{len(files)} files in {out}, the one to open is {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from decal.eval.diagnosis_report import FORMAT, PARTS
 from decal.eval.frontier import LEVEL
-from decal.eval.paths import atomic_write
+from decal.eval.paths import write_files
 from decal.eval.ranking import Estimate
 from decal.samplers.errors import DecalError
 
@@ -170,9 +170,7 @@ def write(found: Comparison, folder: Path) -> list[Path]:
         "comparison.png": lambda: figure(found),
         "comparison.html": lambda: _page(found).encode(),
     }
-    for name, make in files.items():
-        atomic_write(folder / name, make())
-    return [folder / name for name in files]
+    return write_files(folder, files)
 
 
 def summary(found: Comparison) -> dict[str, Any]:

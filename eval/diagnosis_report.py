@@ -19,7 +19,7 @@ from decal.eval.diagnosis import AS_MANY, Diagnosis, Gaps, diagnose, estimate, g
 from decal.eval.exact import Rows
 from decal.eval.frontier import FLOORS, Evaluation, TaskResult
 from decal.eval.order import RECALLS
-from decal.eval.paths import atomic_write
+from decal.eval.paths import write_files
 from decal.eval.ranking import Estimate
 from decal.eval.ribbon import KINDS, TEMPERATURES, Ribbon
 from decal.eval.task import Question
@@ -137,9 +137,7 @@ def write(run: DiagnosisRun, folder: Path) -> list[Path]:
     for task in run.tasks:
         files[f"diagnosis-{task.name}.png"] = partial(figure, run, task)
     files["diagnosis.html"] = lambda: _page(run).encode()
-    for name, make in files.items():
-        atomic_write(folder / name, make())
-    return [folder / name for name in files]
+    return write_files(folder, files)
 
 
 # ---- numbers

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from decal.eval import kept, oracle, rows
+from decal.eval import oracle, results, rows
 from decal.eval.exact import Interest, Outcome, Rows, Situation, flows, group, join, outcome
 from decal.eval.grid import Setting
 from decal.eval.models import LoadedModel
@@ -229,7 +229,7 @@ class Evaluation:
 
         if not isinstance(stored, rows.StoredRows):
             return compute()
-        return kept.load_or_compute(kept.key(self.chains, rows=stored.folder.name), compute)
+        return results.load_or_compute(results.key(self.chains, rows=stored.folder.name), compute)
 
     def _outcome(
         self, question: Question, prompt: Sequence[int], trie: TokenTrie, stored: Rows, tick: Callable[[int], None]

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from decal.samplers.errors import DecalError
@@ -101,3 +101,10 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         fresh = scratch / path.name
         fresh.write_bytes(content)
         os.replace(fresh, path)
+
+
+def write_files(folder: Path, files: Mapping[str, Callable[[], bytes]]) -> list[Path]:
+    """Make each of ``files``, by name, and write it to ``folder`` as `atomic_write` does."""
+    for name, make in files.items():
+        atomic_write(folder / name, make())
+    return [folder / name for name in files]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from decal.eval.metrics import Metric
-from decal.eval.paths import atomic_write
+from decal.eval.paths import write_files
 from decal.eval.score import Comparison, Group, Results, Score
 
 HEADLINES = (
@@ -39,9 +39,7 @@ def write(results: Results, about: dict[str, Any], folder: Path) -> list[Path]:
         "scores.parquet": lambda: _parquet(results),
         "score.html": lambda: _page(results, about).encode(),
     }
-    for name, make in files.items():
-        atomic_write(folder / name, make())
-    return [folder / name for name in files]
+    return write_files(folder, files)
 
 
 def summary(results: Results, about: dict[str, Any]) -> dict[str, Any]:

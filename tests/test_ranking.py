@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from decal.eval import oracle, ranking, report, task
+from decal.eval import frontier_report as report
+from decal.eval import oracle, ranking, task
 from decal.eval.frontier import ORACLES, TaskResult
 
 NAMES = tuple(f"rule_{i:02}" for i in range(35))

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 
 import decal
-from decal.eval import cli, judge, tree, tree_report
+from decal.eval import cli, judge, probe, probe_report
 from decal.eval.completion import Writer, encode
 from decal.eval.journal import Journal
 from decal.eval.judge import Judge, Judgement
@@ -67,8 +67,8 @@ def by_length(text: str) -> bool:
     return sum(text.encode()) % 3 == 0
 
 
-def plan(**more: Any) -> tree.Plan:
-    return tree.Plan(**{"ranks": tree.ranks("1-20,30-200:10"), "most": 4, "batch": 7} | more)
+def plan(**more: Any) -> probe.Plan:
+    return probe.Plan(**{"ranks": probe.ranks("1-20,30-200:10"), "most": 4, "batch": 7} | more)
 
 
 # ---- ranks and plans
@@ -81,17 +81,17 @@ def plan(**more: Any) -> tree.Plan:
         ("5-7", [5, 6, 7]),
         ("1-9:4", [1, 5, 9]),
         ("7,1-3, 2-8:3", [1, 2, 3, 5, 7, 8]),
-        (tree.RANKS, [*range(1, 51), *range(60, 1001, 10)]),
+        (probe.RANKS, [*range(1, 51), *range(60, 1001, 10)]),
     ],
 )
 def test_ranks(text: str, wanted: list[int]) -> None:
-    assert list(tree.ranks(text)) == wanted
+    assert list(probe.ranks(text)) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "0", "a", "1-", "-3", "5-1", "1-5:0", "1-5:-1", "1:2:3", "1.5", "1,,2", "1-999999999999"])
 def test_bad_ranks(text: str) -> None:
     with pytest.raises(DecalError):
-        tree.ranks(text)
+        probe.ranks(text)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_prompts(model: LoadedModel) -> None:
 # ---- the tree
 
 
-def brute(model: LoadedModel, p: tree.Plan, rule: Callable[[str], bool]) -> dict[tuple[int, ...], list[tuple[int, int, bool]]]:
+def brute(model: LoadedModel, p: probe.Plan, rule: Callable[[str], bool]) -> dict[tuple[int, ...], list[tuple[int, int, bool]]]:
     """(token, rank, valid) of every swept token at every prefix, one forward pass for each token."""
     ids = list(model.tokenizer(PROMPT)["input_ids"])
     end = {model.tokenizer.eos_token_id}
@@ -221,14 +221,14 @@ def brute(model: LoadedModel, p: tree.Plan, rule: Callable[[str], bool]) -> dict
 
 
 @pytest.fixture(scope="module")
-def whole(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[tree.Tree, Path, Rule]:
+def whole(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[probe.Tree, Path, Rule]:
     """A finished probe, its folder, and its judge."""
     folder = tmp_path_factory.mktemp("whole")
     mine = Rule(by_length)
-    return tree.probe(model, mine, PROMPT, plan(), folder), folder, mine
+    return probe.probe(model, mine, PROMPT, plan(), folder), folder, mine
 
 
-def test_labels_against_brute_force(model: LoadedModel, whole: tuple[tree.Tree, Path, Rule]) -> None:
+def test_labels_against_brute_force(model: LoadedModel, whole: tuple[probe.Tree, Path, Rule]) -> None:
     wanted = brute(model, plan(), by_length)
     found = whole[0]
     assert {n.prefix: [(t.token, t.rank, t.valid) for t in n.tokens] for n in found.nodes} == wanted
@@ -248,12 +248,12 @@ def test_labels_against_brute_force(model: LoadedModel, whole: tuple[tree.Tree, 
 def test_every_swept_vocabulary(model: LoadedModel, tmp_path: Path) -> None:
     """Ranks beyond the vocabulary are left out, and an end of the text is a completion too."""
     mine = Rule(lambda text: True)
-    everything = tree.probe(model, mine, PROMPT, plan(ranks=tree.ranks("1-400"), depth=1, most=1, batch=64), tmp_path)
+    everything = probe.probe(model, mine, PROMPT, plan(ranks=probe.ranks("1-400"), depth=1, most=1, batch=64), tmp_path)
     (node,) = everything.nodes
     assert sorted(t.token for t in node.tokens) == list(range(len(model.tokenizer)))
     assert math.fsum(t.probability for t in node.tokens) == pytest.approx(1)
     (end,) = [t for t in node.tokens if t.token == model.tokenizer.eos_token_id]
-    assert (end.ends, end.completions) == (True, (tree.Completion("", True, Judgement(True)),))
+    assert (end.ends, end.completions) == (True, (probe.Completion("", True, Judgement(True)),))
 
 
 def cutoffs(logits: Sequence[float], labels: Sequence[bool]) -> list[tuple[int, float, float]]:
@@ -265,9 +265,9 @@ def cutoffs(logits: Sequence[float], labels: Sequence[bool]) -> list[tuple[int, 
     return found
 
 
-def swept(rng: np.random.Generator, labels: Sequence[bool | None], logits: Sequence[float]) -> tuple[tree.Swept, ...]:
+def swept(rng: np.random.Generator, labels: Sequence[bool | None], logits: Sequence[float]) -> tuple[probe.Swept, ...]:
     return tuple(
-        tree.Swept(i, str(i), i + 1, float(z), float(rng.random()) / 100, False, (), ok)
+        probe.Swept(i, str(i), i + 1, float(z), float(rng.random()) / 100, False, (), ok)
         for i, (ok, z) in enumerate(zip(labels, logits, strict=True))
     )
 
@@ -279,7 +279,7 @@ def test_numbers_of_a_node_against_counting() -> None:
         logits = np.sort(rng.integers(0, 12, size).astype(float))[::-1]  # with equals
         labels = [[True, False, None][i] for i in rng.choice(3, size, p=[0.4, 0.4, 0.2])]
         tokens = swept(rng, labels, logits)
-        node = tree.Node(0, (), "", tokens)
+        node = probe.Node(0, (), "", tokens)
         told = node.summary()
         known = [t for t in tokens if t.valid is not None]
         valid = [t for t in known if t.valid]
@@ -303,13 +303,13 @@ def test_numbers_of_a_node_against_counting() -> None:
 def test_ways_to_end_a_text_are_one_step() -> None:
     """As if there were only the most probable one, with the probability of all."""
 
-    def ending(number: int, logit: float, probability: float, text: str, valid: bool | None) -> tree.Swept:
-        done = (tree.Completion(text, True, Judgement(valid, {}, "")),)
-        return tree.Swept(number, "", number, logit, probability, True, done, valid)
+    def ending(number: int, logit: float, probability: float, text: str, valid: bool | None) -> probe.Swept:
+        done = (probe.Completion(text, True, Judgement(valid, {}, "")),)
+        return probe.Swept(number, "", number, logit, probability, True, done, valid)
 
-    def plain(number: int, logit: float, probability: float, valid: bool) -> tree.Swept:
-        done = (tree.Completion("a", True, Judgement(valid)),)
-        return tree.Swept(number, "", number, logit, probability, False, done, valid)
+    def plain(number: int, logit: float, probability: float, valid: bool) -> probe.Swept:
+        done = (probe.Completion("a", True, Judgement(valid)),)
+        return probe.Swept(number, "", number, logit, probability, False, done, valid)
 
     between = [plain(2, 4, 0.2, True), plain(5, 1, 0.05, True)]
     some = [
@@ -319,8 +319,8 @@ def test_ways_to_end_a_text_are_one_step() -> None:
         ending(6, 0, 0.01, "a", True),
     ]
     tokens = sorted([*between, *some], key=lambda t: t.token)
-    found = tree.Node(0, (), "", tuple(tokens)).order
-    one = tree.Node(0, (), "", (ending(1, 5, 0.41, "a", True), between[0], some[2], between[1])).order
+    found = probe.Node(0, (), "", tuple(tokens)).order
+    one = probe.Node(0, (), "", (ending(1, 5, 0.41, "a", True), between[0], some[2], between[1])).order
     assert found is not None
     assert one is not None
     assert (found.upto.tolist(), found.above.tolist(), found.tokens) == ([1, 2, 4], [0, 1, 3], 4)
@@ -330,7 +330,7 @@ def test_ways_to_end_a_text_are_one_step() -> None:
 
 def test_branches() -> None:
     rng = np.random.default_rng(0)
-    node = tree.Node(0, (), "", swept(rng, [False, True, None, True, True, True, True], range(7, 0, -1)))
+    node = probe.Node(0, (), "", swept(rng, [False, True, None, True, True, True, True], range(7, 0, -1)))
     assert [[t.token for t in node.branches(n)] for n in (1, 2, 3, 4, 9)] == [
         [1],
         [1, 6],
@@ -338,7 +338,7 @@ def test_branches() -> None:
         [1, 3, 5, 6],
         [1, 3, 4, 5, 6],
     ]
-    assert tree.Node(0, (), "", swept(rng, [False, None], [2, 1])).branches(2) == []
+    assert probe.Node(0, (), "", swept(rng, [False, None], [2, 1])).branches(2) == []
 
 
 @pytest.mark.parametrize("share", [None, 0.5, 1.0])
@@ -348,7 +348,7 @@ def test_several_completions(share: float | None, model: LoadedModel, tmp_path: 
     verdicts = {None: [True, None, *[False] * 7], 0.5: [True, None, False, False], 1.0: [*[True] * 6, None, False]}[share]
     mine = Rule(lambda text: verdicts[sum(text.encode()) % len(verdicts)])
     drawn = plan(completions=4, share=share, sampler="temperature(1.2) | min_p(0.01)", depth=1)
-    found = tree.probe(model, mine, PROMPT, drawn, tmp_path)
+    found = probe.probe(model, mine, PROMPT, drawn, tmp_path)
     kinds: Counter[bool | None] = Counter()
     for token in found.nodes[0].tokens:
         said = [c.judgement.valid for c in token.completions]
@@ -364,15 +364,15 @@ def test_several_completions(share: float | None, model: LoadedModel, tmp_path: 
     assert counts["completions"] == len(texts)
     assert counts["valid"] + counts["invalid"] + counts["refused"] == len(texts)
     assert counts["refused"] == sum(mine.rule(t) is None for t in texts)
-    again = tree.probe(model, Rule(mine.rule), PROMPT, drawn, tmp_path / "again")
+    again = probe.probe(model, Rule(mine.rule), PROMPT, drawn, tmp_path / "again")
     assert again.nodes == found.nodes
-    other = tree.probe(model, Rule(mine.rule), PROMPT, plan(completions=4, depth=1, seed=1), tmp_path)
+    other = probe.probe(model, Rule(mine.rule), PROMPT, plan(completions=4, depth=1, seed=1), tmp_path)
     assert [c.text for t in other.nodes[0].tokens for c in t.completions] != texts
 
 
 def test_a_prompt_too_long(model: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(DecalError, match="need 5053 tokens, and the model has room for 512"):
-        tree.probe(model, Rule(by_length), "x" * 5001, plan(most=50), tmp_path)
+        probe.probe(model, Rule(by_length), "x" * 5001, plan(most=50), tmp_path)
 
 
 # ---- finished work
@@ -413,8 +413,8 @@ def test_a_journal_that_cannot_be(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time(model: LoadedModel, tmp_path: Path) -> None:
     with FileLock(tmp_path / ".lock"), pytest.raises(DecalError, match="another process works in"):
-        tree.probe(model, Rule(by_length), PROMPT, plan(), tmp_path)
-    tree.probe(model, Rule(by_length), PROMPT, plan(depth=1), tmp_path)
+        probe.probe(model, Rule(by_length), PROMPT, plan(), tmp_path)
+    probe.probe(model, Rule(by_length), PROMPT, plan(depth=1), tmp_path)
 
 
 @pytest.fixture
@@ -432,15 +432,15 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
 
 
 def test_a_second_run_does_nothing_and_more_only_what_is_new(
-    model: LoadedModel, whole: tuple[tree.Tree, Path, Rule], written: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, whole: tuple[probe.Tree, Path, Rule], written: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, folder, judge_ = whole
     assert len(judge_.asked) == len(set(judge_.asked))
     same = Rule(by_length)
-    assert tree.probe(model, same, PROMPT, plan(), folder) == first
+    assert probe.probe(model, same, PROMPT, plan(), folder) == first
     assert (same.asked, written) == ([], [])
 
-    more = tree.probe(model, same, PROMPT, plan(ranks=tree.ranks("1-25")), folder)
+    more = probe.probe(model, same, PROMPT, plan(ranks=probe.ranks("1-25")), folder)
     known = {t.token for t in first.nodes[0].tokens}
     fresh = {t.token for t in more.nodes[0].tokens} - known
     at_the_root = [path[-1] for path in written if len(path) == len(encode(model.tokenizer, PROMPT, "completion")) + 1]
@@ -449,7 +449,7 @@ def test_a_second_run_does_nothing_and_more_only_what_is_new(
 
     written.clear()
     other = Rule(by_length, "another judge")
-    assert tree.probe(model, other, PROMPT, plan(), folder).nodes == first.nodes
+    assert probe.probe(model, other, PROMPT, plan(), folder).nodes == first.nodes
     assert written == []
     assert sorted(other.asked) == sorted(judge_.asked)
 
@@ -463,11 +463,11 @@ def test_what_was_judged_before_a_failure_is_kept(model: LoadedModel, tmp_path: 
 
     dies = Dies(by_length)
     with pytest.raises(DecalError, match="no more"):
-        tree.probe(model, dies, PROMPT, plan(), tmp_path)
+        probe.probe(model, dies, PROMPT, plan(), tmp_path)
     goes_on = Rule(by_length)
-    found = tree.probe(model, goes_on, PROMPT, plan(), tmp_path)
+    found = probe.probe(model, goes_on, PROMPT, plan(), tmp_path)
     assert not set(dies.asked) & set(goes_on.asked)
-    assert found == tree.probe(model, Rule(by_length), PROMPT, plan(), tmp_path / "apart")
+    assert found == probe.probe(model, Rule(by_length), PROMPT, plan(), tmp_path / "apart")
 
 
 KILLED = """
@@ -475,9 +475,9 @@ KILLED = """
     sys.path.insert(0, {tests!r})
     import torch
     torch.set_num_threads(1)
-    import test_tree
+    import test_probe
     from pathlib import Path
-    from decal.eval import tree
+    from decal.eval import probe
     from decal.eval.completion import Writer
 
     folder, batches, judgements = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -498,7 +498,7 @@ KILLED = """
 
     Writer.sampled = sampled
 
-    class Logs(test_tree.Rule):
+    class Logs(test_probe.Rule):
         def __call__(self, prompt, completion):
             said = super().__call__(prompt, completion)
             with open(folder / "judged.log", "a") as log:
@@ -507,12 +507,12 @@ KILLED = """
                 die()
             return said
 
-    tree.probe(test_tree.tiny_model(), Logs(test_tree.by_length), test_tree.PROMPT, test_tree.plan(), folder)
+    probe.probe(test_probe.tiny_model(), Logs(test_probe.by_length), test_probe.PROMPT, test_probe.plan(), folder)
 """
 
 
 def test_killed_and_killed_again(
-    model: LoadedModel, whole: tuple[tree.Tree, Path, Rule], written: list[tuple[int, ...]], tmp_path: Path
+    model: LoadedModel, whole: tuple[probe.Tree, Path, Rule], written: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
     """Killed in a batch of completions and in a judgement, each time before what was done could be written down."""
     script = tmp_path / "probe.py"
@@ -523,11 +523,11 @@ def test_killed_and_killed_again(
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
     # As if a line had been on its way to the disk.
-    for name in (tree.COMPLETIONS, tree.JUDGED, tree.NODES):
+    for name in (probe.COMPLETIONS, probe.JUDGED, probe.NODES):
         with open(tmp_path / name, "ab") as file:
             file.write(b'{"key": "half')
     last = Rule(by_length)
-    assert tree.probe(model, last, PROMPT, plan(), tmp_path) == whole[0]
+    assert probe.probe(model, last, PROMPT, plan(), tmp_path) == whole[0]
     completed = Counter((tmp_path / "batches.log").read_text().splitlines()) + Counter(map(repr, written))
     judged = Counter((tmp_path / "judged.log").read_text().splitlines()) + Counter(map(repr, last.asked))
     assert set(judged) == {repr(text) for text in whole[2].asked}
@@ -535,7 +535,7 @@ def test_killed_and_killed_again(
     assert max(completed.values()) == max(judged.values()) == 2
     assert sum(n == 2 for n in completed.values()) <= plan().batch
     assert sum(n == 2 for n in judged.values()) == 1
-    for name in (tree.COMPLETIONS, tree.JUDGED, tree.NODES):
+    for name in (probe.COMPLETIONS, probe.JUDGED, probe.NODES):
         keys = [json.loads(line)["key"] for line in (tmp_path / name).read_text().splitlines()]
         assert len(keys) == len(set(keys))
 
@@ -614,7 +614,7 @@ def test_probe_from_end_to_end(run: Run, folder: Path, tmp_path: Path) -> None:
     assert code == 0, error
     assert f"the one to open is {out / 'report.html'}" in text
     made = {"tree.json", "tokens.parquet", "precision_recall.png", "report.html"}
-    assert {p.name for p in out.iterdir() if p.name != ".lock"} == made | {tree.NODES, tree.COMPLETIONS, tree.JUDGED}
+    assert {p.name for p in out.iterdir() if p.name != ".lock"} == made | {probe.NODES, probe.COMPLETIONS, probe.JUDGED}
     assert (out / "precision_recall.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
     told = json.loads((out / "tree.json").read_text())
@@ -642,13 +642,13 @@ def test_probe_from_end_to_end(run: Run, folder: Path, tmp_path: Path) -> None:
     assert page.tags["b"] == page.tags["script"] == 0
     assert page.titles[0].startswith("rank 1, probability ")
 
-    before = (out / tree.JUDGED).read_bytes()
+    before = (out / probe.JUDGED).read_bytes()
     assert run(*command)[0] == 0
-    assert (out / tree.JUDGED).read_bytes() == before
+    assert (out / probe.JUDGED).read_bytes() == before
 
     labels = tmp_path / "labels.jsonl"
     labels.write_bytes(before)
-    code, text, error = run("agreement", labels, out / tree.JUDGED)
+    code, text, error = run("agreement", labels, out / probe.JUDGED)
     assert code == 0, error
     assert re.search(r"accuracy +1\.000", text)
 
@@ -680,13 +680,13 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
 
 def test_a_page_of_wicked_texts(tmp_path: Path) -> None:
     wicked = "<script>alert('x')</script>\" onload=$x$ \u202e"
-    token = tree.Swept(
-        1, wicked, 1, 0.0, 1.0, False, (tree.Completion(wicked, False, Judgement(None, {}, f"refused: {wicked}")),), None
+    token = probe.Swept(
+        1, wicked, 1, 0.0, 1.0, False, (probe.Completion(wicked, False, Judgement(None, {}, f"refused: {wicked}")),), None
     )
-    good = tree.Swept(2, "$$", 2, -1.0, 0.5, False, (tree.Completion(wicked, True, Judgement(True)),), True)
-    nodes = tree.Node(0, (), "", (token,)), tree.Node(1, (3,), wicked, (token, good))
+    good = probe.Swept(2, "$$", 2, -1.0, 0.5, False, (probe.Completion(wicked, True, Judgement(True)),), True)
+    nodes = probe.Node(0, (), "", (token,)), probe.Node(1, (3,), wicked, (token, good))
     about = {"decal": "0", "created": "now", "model": {"name": wicked, "note": wicked}, "judge": wicked}
-    tree_report.write(tree.Tree(wicked, plan(), "j", nodes, about), tmp_path)
+    probe_report.write(probe.Tree(wicked, plan(), "j", nodes, about), tmp_path)
     page = Text()
     page.feed((tmp_path / "report.html").read_text())
     assert page.tags["script"] == 0
@@ -698,7 +698,7 @@ def test_a_page_of_wicked_texts(tmp_path: Path) -> None:
 
 def test_judges_of_the_library_in_a_tree(model: LoadedModel, tmp_path: Path) -> None:
     digits = judge.parse(r"regex:[0-9 +]+")
-    found = tree.probe(model, digits, PROMPT, plan(depth=1, most=1), tmp_path)
+    found = probe.probe(model, digits, PROMPT, plan(depth=1, most=1), tmp_path)
     for token in found.nodes[0].tokens:
         (one,) = token.completions
         assert token.valid is (re.fullmatch("[0-9 +]+", one.text.strip()) is not None)

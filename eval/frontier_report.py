@@ -16,7 +16,7 @@ import numpy as np
 
 from decal.eval import oracle
 from decal.eval.frontier import FLOORS, ORACLES, TaskResult
-from decal.eval.paths import atomic_write
+from decal.eval.paths import write_files
 from decal.eval.ranking import Estimate, Place, Ranking, rank
 
 COLOURS = (
@@ -101,9 +101,7 @@ def write(run: Run, folder: Path) -> list[Path]:
     for task in run.tasks:
         files[f"frontier-{task.question.task.name}.png"] = partial(_figure, run, [task])
     files["report.html"] = lambda: _page(run).encode()
-    for name, make in files.items():
-        atomic_write(folder / name, make())
-    return [folder / name for name in files]
+    return write_files(folder, files)
 
 
 def overall(ranking: Ranking) -> str:
@@ -429,7 +427,7 @@ def _page(run: Run) -> str:
     from jinja2 import Environment
     from plotly.offline import get_plotlyjs
 
-    template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "frontier.html.jinja").read_text(encoding="utf-8")
     tasks = [
         {
             "name": t.question.task.name,

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from decal.eval.paths import atomic_write
-from decal.eval.tree import Node, Swept, Tree
+from decal.eval.paths import write_files
+from decal.eval.probe import Node, Swept, Tree
 
 PAGE = "report.html"
 KINDS = {True: "valid", False: "invalid", None: "unknown"}
@@ -31,9 +31,7 @@ def write(tree: Tree, folder: Path) -> list[Path]:
         "precision_recall.png": lambda: _figure(tree),
         PAGE: lambda: _page(tree).encode(),
     }
-    for name, make in files.items():
-        atomic_write(folder / name, make())
-    return [folder / name for name in files]
+    return write_files(folder, files)
 
 
 def summary(tree: Tree) -> dict[str, Any]:
@@ -107,7 +105,7 @@ def _figure(tree: Tree) -> bytes:
 def _page(tree: Tree) -> str:
     from jinja2 import Environment
 
-    template = (Path(__file__).parent / "tree.html.jinja").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "probe.html.jinja").read_text(encoding="utf-8")
     page: str = (
         Environment(autoescape=True)
         .from_string(template)

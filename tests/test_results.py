@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import decal
-from decal.eval import kept
+from decal.eval import results
 from decal.eval.frontier import Evaluation
 from decal.eval.grid import Setting
 from decal.eval.models import LoadedModel
@@ -48,17 +48,17 @@ def test_a_second_run_evaluates_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_whatever_differs_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {kept.key([decal.parse(text)], rows="r") for text in ("min_p(0.1)", "min_p(0.2)", "top_p(0.1)")}
-    names |= {kept.key([decal.parse("min_p(0.1)")], rows="s"), kept.key([], rows="r")}
-    monkeypatch.setattr(kept, "_own_code", lambda: ["other"])
-    names.add(kept.key([decal.parse("min_p(0.1)")], rows="r"))
+    names = {results.key([decal.parse(text)], rows="r") for text in ("min_p(0.1)", "min_p(0.2)", "top_p(0.1)")}
+    names |= {results.key([decal.parse("min_p(0.1)")], rows="s"), results.key([], rows="r")}
+    monkeypatch.setattr(results, "_own_code", lambda: ["other"])
+    names.add(results.key([decal.parse("min_p(0.1)")], rows="r"))
     assert len(names) == 6
 
 
 def test_a_rule_of_somebody_elses_code_is_told_by_that_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = kept.key([decal.parse("min_p(0.1)")])
-    monkeypatch.setattr(kept, "_code", lambda file: "changed")
-    assert kept.key([decal.parse("min_p(0.1)")]) != before
+    before = results.key([decal.parse("min_p(0.1)")])
+    monkeypatch.setattr(results, "_code", lambda file: "changed")
+    assert results.key([decal.parse("min_p(0.1)")]) != before
 
 
 def test_a_damaged_file_is_computed_again(tmp_path: Path) -> None:
@@ -69,17 +69,17 @@ def test_a_damaged_file_is_computed_again(tmp_path: Path) -> None:
         return {"a": np.arange(3.0)}
 
     for _ in range(2):
-        np.testing.assert_array_equal(kept.load_or_compute("name", compute)["a"], np.arange(3.0))
+        np.testing.assert_array_equal(results.load_or_compute("name", compute)["a"], np.arange(3.0))
     assert len(made) == 1
     (tmp_path / "cache" / "results" / "name.safetensors").write_bytes(b"half")
-    np.testing.assert_array_equal(kept.load_or_compute("name", compute)["a"], np.arange(3.0))
+    np.testing.assert_array_equal(results.load_or_compute("name", compute)["a"], np.arange(3.0))
     assert len(made) == 2
 
 
 def test_the_oldest_results_go_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kept, "MOST", 3)
+    monkeypatch.setattr(results, "MOST", 3)
     for number in range(5):
-        kept.load_or_compute(str(number), lambda: {"a": np.zeros(1)})
+        results.load_or_compute(str(number), lambda: {"a": np.zeros(1)})
         os.utime(tmp_path / "cache" / "results" / f"{number}.safetensors", (number, number))
     assert sorted(file.stem for file in (tmp_path / "cache" / "results").iterdir()) == ["2", "3", "4"]
 
@@ -87,14 +87,14 @@ def test_the_oldest_results_go_first(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 KILLED = """
 import sys
 sys.path[:0] = [{tests!r}]
-import test_kept
+import test_results
 from decal.eval.frontier import Evaluation
 whole = Evaluation._outcome
 def told(*args):
     print("evaluating", flush=True)
     return whole(*args)
 Evaluation._outcome = told
-test_kept.evaluation("min_p(0.1)", "temperature(2)").run(test_kept.question(4))
+test_results.evaluation("min_p(0.1)", "temperature(2)").run(test_results.question(4))
 print("done", flush=True)
 """
 
