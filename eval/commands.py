@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -273,8 +274,15 @@ class _progress:
     def __enter__(self) -> tuple[Callable[[str, int, int], None], Callable[[], None]]:
         self.bars.start()
 
+        said = None
+
         def report(what: str, done: int, total: int) -> None:
+            nonlocal said
             self.bars.update(self.detail, description=what, completed=done, total=total)
+            if what != said and not self.bars.console.is_terminal:
+                # Where nobody sees a bar, a line for each thing that begins.
+                print(f"{datetime.now():%H:%M:%S} {what}", file=sys.stderr, flush=True)
+            said = what
 
         return report, lambda: self.bars.advance(self.overall)
 

@@ -230,6 +230,9 @@ class Gaps:
         shape: 1 less the mask at temperature 1: how unevenly the model shares between valid steps. Whatever the floor.
         rest: 1 less mask.
         cutoff: for every family of samplers, the better of size and cut less the family; negative where it does better.
+        setting: for every family that reaches the floor, the setting that does best.
+
+    What lacks a setting that reaches the floor counts as 0, and its gaps have no intervals.
     """
 
     floor: float
@@ -240,6 +243,7 @@ class Gaps:
     shape: Estimate
     rest: Estimate
     cutoff: Mapping[str, Estimate]
+    setting: Mapping[str, str]
 
     @property
     def reached(self) -> tuple[str, float]:
@@ -255,17 +259,23 @@ def gaps(result: TaskResult, floor: float, given_valid: np.ndarray) -> Gaps:
         chosen = result.chosen(family, floor)
         return np.zeros(len(result.prompts)) if chosen is None else result.diversity[chosen]
 
+    def gap(high: np.ndarray, low: np.ndarray) -> Estimate:
+        found = estimate(high - low, -1.0)
+        return found if high.any() and low.any() else Estimate(found.value)
+
     size, cut, mask = (reached(oracle) for oracle in ORACLES[:3])
     ceiling = max(size, cut, key=np.mean)
+    samplers = [f for f in result.families() if f not in ORACLES]
     return Gaps(
         floor=floor,
         size=float(size.mean()),
         cut=float(cut.mean()),
         mask=float(mask.mean()),
-        order=estimate(mask - ceiling, -1.0),
+        order=gap(mask, ceiling),
         shape=estimate(1 - given_valid),
         rest=estimate(1 - mask),
-        cutoff={f: estimate(ceiling - reached(f), -1.0) for f in result.families() if f not in ORACLES},
+        cutoff={f: gap(ceiling, reached(f)) for f in samplers},
+        setting={f: best.setting for f in samplers if (best := result.best(f, floor))},
     )
 
 
@@ -281,7 +291,8 @@ def headline(found: Gaps) -> str:
     """What limits a task, in a sentence or two."""
     family, diversity = found.reached
     where = f"at validity ≥ {found.floor:g}"
-    best = f"The best sampler ({family}) reaches {diversity:.2f}." if diversity > 0 else "No sampler is that valid."
+    setting = found.setting.get(family)
+    best = f"The best sampler, {setting}, reaches {diversity:.2f}." if setting else "No sampler is that valid."
     size, cut = (f"reaches diversity {v:.2f}" if v else "never is that valid" for v in (found.size, found.cut))
     cuts = f"keeping as many tokens as are valid {size}, the best cutoff {cut}, keeping just the valid ones {found.mask:.2f}"
     flat = (

@@ -415,7 +415,7 @@ def _gap_cells(found: Gaps) -> dict[str, str]:
         "size": f"{found.size:.2f}" if found.size else "not reached",
         "cut": f"{found.cut:.2f}" if found.cut else "not reached",
         "mask": f"{found.mask:.2f}",
-        "family": family if reached else "none",
+        "setting": found.setting.get(family, "none"),
         "reached": f"{diversity:.2f}" if reached else "not reached",
         "cutoff": _cell(found.cutoff[family], "+.2f") if reached else "",
     }

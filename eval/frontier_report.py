@@ -119,6 +119,9 @@ def overall(ranking: Ranking) -> str:
     parts.append("; 1.00 is possible.")
     if ranking.contenders > 1:
         parts.append(f" {ranking.contenders} samplers may be the best: their rank's interval contains 1.")
+    if one := ranking.advice:
+        on = f" on {one.reached} of {many} tasks" if many > 1 else ""
+        parts.append(f" A setting to use: {one.setting}, which is that valid{on} and reaches diversity {one.score:.2f}.")
     return "".join(parts)
 
 
@@ -167,15 +170,15 @@ def budgets(ranking: Ranking) -> str:
 def headline(task: TaskResult, floor: float) -> str:
     """What the frontier of a task says, in a sentence."""
     samplers = [f for f in task.families() if f not in ORACLES]
-    reached = [(b.diversity, f) for f in samplers if (b := task.best(f, floor))]
+    reached = [(b.diversity, b.setting) for f in samplers if (b := task.best(f, floor))]
     if not reached:
         return f"No setting reaches validity {floor:g}."
     plain = task.best("temperature", floor)
     bound = task.bound(floor)
-    most, family = max(reached)
+    most, setting = max(reached)
     parts = [f"At validity ≥ {floor:g} plain temperature reaches diversity {plain.diversity:.2f}" if plain else
              f"At validity ≥ {floor:g} no plain temperature is left"]  # fmt: skip
-    parts.append(f"the best sampler {most:.2f} ({family})")
+    parts.append(f"the best sampler {most:.2f} ({setting})")
     if not math.isnan(bound):
         parts.append(f"no rank cutoff can exceed {bound:.2f}")
     return ", ".join(parts) + "; 1.00 is possible."
@@ -532,6 +535,7 @@ def _print_task(run: Run, task: TaskResult, console: Any) -> None:
         cells = [f"{b:.3f}" if b == b else "[dim]not reached[/dim]" for b in map(task.bound, run.floors)]
         table.add_row(BOUND, "", *cells)
     console.print(table)
+    console.print("Intervals here are Student's, over prompts.", style="dim", highlight=False)
 
 
 def _cell(best: Any) -> str:

@@ -193,7 +193,7 @@ def load(
 
     `name` is a key of `BUILTIN`, the path of a GGUF file, the path of a folder in the format of transformers, or a
     model's id on the Hub. The first use of a built-in model downloads it, unless the environment variable
-    DECAL_OFFLINE is set; it and GGUF files are converted once, into the cache.
+    DECAL_OFFLINE is set; it and GGUF files are converted once, into the cache. The tokenizer pads on the left.
 
     `device` is "cpu", "cuda", "cuda:1" and so on, or "auto" for the first GPU if there is one. `dtype` is "float32",
     "bfloat16" or "float16", or the torch.dtype of that name; None is float32 on every device, since rounding to 16
@@ -555,6 +555,8 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]
     missing = sorted(report["missing_keys"])
     if missing:
         raise DecalError(f"model {name!r} lacks {len(missing)} weights, {missing[0]} first, which would be random")
+    # `generate` goes on from the last token, so what fills a batch up has to stand before the text.
+    tokenizer.padding_side = "left"
     return model, tokenizer
 
 

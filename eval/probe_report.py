@@ -148,3 +148,17 @@ def print_table(tree: Tree, console: Any) -> None:
     console.print(table)
     judged = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in tree.counts().items() if number)
     console.print(f"\n{judged}", highlight=False)
+    if advice := hint(tree):
+        console.print(advice, highlight=False, markup=False)
+
+
+def hint(tree: Tree) -> str:
+    """What may have gone wrong, if nothing is valid; else nothing."""
+    completions = [c for node in tree.nodes for token in node.tokens for c in token.completions]
+    if not completions or any(c.judgement.valid for c in completions):
+        return ""
+    if tree.counts()["cut_off"] == len(completions):
+        return "Every completion was cut off: raise --max-new-tokens, or say with --stop where a completion ends."
+    first = completions[0]
+    why = f" ({first.judgement.reason})" if first.judgement.reason else ""
+    return f"Nothing is valid. The judge is given what the model writes behind the prompt, such as {first.text[:80]!r}{why}."

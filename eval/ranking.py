@@ -78,6 +78,21 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """The setting to use where one has to do for all tasks.
+
+    Attributes:
+        setting: the chain, as text.
+        reached: on how many tasks its mean validity reaches the floor.
+        score: mean over tasks of its diversity; 0 on a task where it doesn't.
+    """
+
+    setting: str
+    reached: int
+    score: float
+
+
+@dataclass(frozen=True)
 class Ranking:
     """All families at one validity floor.
 
@@ -87,6 +102,7 @@ class Ranking:
         places: the samplers, best first.
         oracles: those defined on every task; they know the valid answers and are not ranked.
         bound: mean over tasks of the diversity that no rank cutoff can exceed at this floor; None if unknown for a task.
+        advice: None if no setting reaches the floor on any task.
     """
 
     floor: float
@@ -94,6 +110,7 @@ class Ranking:
     places: tuple[Place, ...]
     oracles: tuple[Place, ...]
     bound: float | None
+    advice: Advice | None
 
     def find(self, family: str) -> Place | None:
         """The place of a family, oracle or not."""
@@ -180,7 +197,22 @@ def rank(tasks: Sequence[TaskResult], floor: float, *, resamples: int = RESAMPLE
         oracles=tuple(place(families.index(f), -1) for f in everywhere),
         # As for samplers, a floor that isn't reached counts as 0.
         bound=float(np.mean(np.nan_to_num(bounds))) if len(bounds) == len(tasks) else None,
+        advice=advise(tasks, floor),
     )
+
+
+def advise(tasks: Sequence[TaskResult], floor: float) -> Advice | None:
+    """The best setting to use on all tasks, chosen on the prompts it is scored on; settings that a task lacks count 0 there."""
+    scores: dict[str, list[float]] = {}
+    for task in tasks:
+        good = (task.mean_validity >= floor - 1e-9) & np.isfinite(task.mean_diversity)
+        for number in np.flatnonzero(good):
+            if task.family[number] not in ORACLES:
+                scores.setdefault(task.setting[number], []).append(float(task.mean_diversity[number]))
+    if not scores:
+        return None
+    best = max(scores, key=lambda setting: sum(scores[setting]))
+    return Advice(best, len(scores[best]), sum(scores[best]) / len(tasks))
 
 
 def distinct(task: TaskResult, members: np.ndarray) -> int:

@@ -5,6 +5,7 @@ The built-in tasks are the files in ``tasks/`` beside this module; a user's own 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,7 +211,9 @@ def load(name: str, **overrides: Any) -> Question:
     if name in builtin_names():
         path = FOLDER / f"{name}.yaml"
     elif path.suffix not in (".yaml", ".yml"):
-        raise DecalError(f"unknown task {name!r}; built in are {', '.join(builtin_names())}; or give a .yaml file")
+        near = difflib.get_close_matches(name, builtin_names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "decal tasks lists the built-in ones."
+        raise DecalError(f"unknown task {name!r}; {hint} A file of your own ends in .yaml")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

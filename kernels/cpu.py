@@ -14,14 +14,13 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from decal.kernels.cpu_rows import AT, CALL, FLOATS, MASK, SUMS, TOKENS, VALUES, WORK, kept_in, rows_entry, sums_entry
+from decal.kernels.cpu_rows import AT, CALL, FLOATS, MASK, SUMS, TOKENS, VALUES, WORK, rows_entry, sums_entry
 from decal.kernels.cpu_rows import UNFIT as UNFIT
 from decal.kernels.program import Program, bits_of
 from decal.kernels.threads import run as run_on
@@ -49,16 +48,23 @@ class _Compiled(NamedTuple):
 @cache
 def _compiled(entry: Callable[..., Any], *arguments: Any) -> _Compiled:
     """Compiled code, by `decal.kernels.cpu_rows.rows_entry` or `sums_entry`."""
-    _tell_of_compiling()
-    function = entry(*arguments)
+    # Code that is kept on disk is there in less.
+    telling = threading.Timer(SOON, _tell_of_compiling)
+    telling.daemon = True
+    telling.start()
+    try:
+        function = entry(*arguments)
+    finally:
+        telling.cancel()
     return _Compiled(function.address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address))
 
 
-@cache
+SOON = 3.0
+"""Seconds after which compiling is worth a word."""
+
+
 def _tell_of_compiling() -> None:
-    """Say so, where the first call will take long."""
-    if not any(Path(kept_in()).glob("cpu_rows.*.nbi")):
-        logging.getLogger("decal").warning("decal compiles its CPU code for this machine; that takes a while, but only once")
+    logging.getLogger("decal").warning("decal compiles its CPU code for this machine; that takes a while, but only once")
 
 
 class _Memory:

@@ -1305,11 +1305,6 @@ def _atomically(builder: Any, operation: str, address: Any, operand: Any) -> Any
     return builder.atomic_rmw(operation, pointer, operand, "monotonic")
 
 
-def kept_in() -> str:
-    """The folder in which compiled code is kept."""
-    return njit(cache=True)(_mix.py_func).stats.cache_path
-
-
 def rows_entry(dtype: type) -> Any:
     """The compiled function, on the address of a `CALL`, that runs a program on rows of that type; compiles it if need be.
 

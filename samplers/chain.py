@@ -660,7 +660,9 @@ def _per_row(name: str, value: Any, logits: Tensor) -> Tensor:
         numbers = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise DecalError(f"{wanted}, below 2**63, got {value!r}") from None
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool or numbers.numel() not in (1, rows):
+    # A number is for all rows; a list has one for each, lest requests share their noise unawares.
+    many = numbers.dim() == 0 or (numbers.dim() == 1 and len(numbers) == rows) or numbers.shape == (rows, 1)
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool or not many:
         raise DecalError(f"{wanted}, got {value!r}")
     return numbers.to(logits.device, torch.int64).reshape(-1).expand(rows)
 

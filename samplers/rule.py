@@ -460,6 +460,8 @@ SIDES = ("before", "after", "either")
 
 
 def rule(
+    bare: object = None,
+    /,
     *,
     paper: str = "",
     shift: bool | Callable[..., bool] = True,
@@ -470,7 +472,7 @@ def rule(
     slow: str = "",
     wants_cut: bool = False,
 ) -> Callable[[Callable[..., Any]], Rule]:
-    """Declare the decorated function as a rule named after it. Raises DecalError if the name is taken.
+    """Declare the decorated function as a rule named after it: ``@rule()``. Raises DecalError if the name is taken.
 
     Args:
         paper: where it was published, as ``arXiv:...``, ``doi:...`` or the place of its first code; nothing, if nowhere.
@@ -482,6 +484,9 @@ def rule(
         slow: why it is left out of default comparisons.
         wants_cut: whether it was made to stand behind a cut. `Chain.explain` warns otherwise.
     """
+
+    if bare is not None:
+        raise DecalError(f"write @rule(), with brackets, above {getattr(bare, '__name__', bare)}")
 
     def declare(body: Callable[..., Any]) -> Rule:
         arguments = list(inspect.signature(body).parameters.values())[1:]

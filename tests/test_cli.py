@@ -307,6 +307,17 @@ def test_bad_words_are_refused_in_one_line(arguments: list[str], message: str, r
     assert_refused(run(*arguments), message)
 
 
+def test_progress_is_lines_where_nobody_sees_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    from decal.eval.commands import _progress
+
+    with _progress(1) as (report_to, task_done):
+        for what, done in (("t 1/2: reading", 0), ("t 1/2: reading", 5), ("t 2/2: reading", 0)):
+            report_to(what, done, 9)
+        task_done()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "reading" in line]
+    assert [line.split(" ", 1)[1] for line in lines] == ["t 1/2: reading", "t 2/2: reading"]
+
+
 BAD_TASKS = {
     "typo": ("name: t\nlable: x\nanswers: {list: [a]}\n", "task.yaml:2: unknown key 'lable'"),
     "no YAML": ("name: [t\n", "task.yaml:2: not YAML"),
@@ -352,7 +363,7 @@ def test_bad_tasks_are_refused_before_anything_is_written(name: str, run: Run, m
         (["--floor", "0"], "--floor must be in (0, 1], got 0"),
         (["--floor", "nan"], "--floor must be in (0, 1], got nan"),
         (["--seed", "-1"], "--seed must be at least 0"),
-        (["--task", "weekday"], "unknown task 'weekday'; built in are "),
+        (["--task", "weekday"], "unknown task 'weekday'; did you mean weekdays?"),
         (["--task", "weekdays", "--task", "weekdays"], "every task needs a name of its own"),
         (["--grid", "quik"], "unknown grid 'quik'"),
         (["--draws", "0"], "Invalid value for '--draws': 0 is not in the range 1<=x<=1000"),

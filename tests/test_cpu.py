@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -291,3 +292,21 @@ def test_maps_that_turn_a_row_around_are_left_to_torch(monkeypatch):
     rows = torch.tensor([[-1.0], [2.0], [-0.5]])
     for chain in (mirrored(-1.0) | decal.top_p(0.5), mirrored(rows), mirrored(-2.0) | decal.quadratic(0.3)):
         assert_same(chain, x)
+
+
+def test_compiling_that_takes_long_is_told(monkeypatch, caplog):
+    class Compiled:
+        address = 0
+
+    def entry(seconds):
+        time.sleep(seconds)
+        return Compiled
+
+    monkeypatch.setattr(cpu, "SOON", 0.5)
+    cpu._compiled(entry, 0.0)
+    time.sleep(0.7)
+    assert not caplog.records
+    cpu._compiled(entry, 1.0)
+    assert [record.message for record in caplog.records] == [
+        "decal compiles its CPU code for this machine; that takes a while, but only once"
+    ]

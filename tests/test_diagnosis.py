@@ -157,13 +157,13 @@ def test_one_inversion_is_no_fault_of_order():
 def gaps_of(order_values, shape_value, best, size=0.9):
     other = diagnosis.Gaps(
         0.8, size, size, 1.0, diagnosis.estimate(order_values, -1), diagnosis.estimate([shape_value] * len(order_values)),
-        diagnosis.estimate([0.0]), {"min_p": diagnosis.estimate([size - best], -1.0)},
+        diagnosis.estimate([0.0]), {"min_p": diagnosis.estimate([size - best], -1.0)}, {"min_p": "min_p(0.1)"} if best else {},
     )  # fmt: skip
     return diagnosis.headline(other)
 
 
 def test_headlines_say_no_more_than_is_known():
-    assert gaps_of([0.3, 0.3, 0.3], 0.0, 0.5).endswith("The best sampler (min_p) reaches 0.50.")
+    assert gaps_of([0.3, 0.3, 0.3], 0.0, 0.5).endswith("The best sampler, min_p(0.1), reaches 0.50.")
     assert gaps_of([0.9, -0.1, 0.1], 0.0, 0.5).endswith("Prompts differ so much that this is not sure.")
     assert gaps_of([0.3] * 3, 0.0, 0.97).startswith("Neither order nor shape")
     assert gaps_of([0.0] * 3, 0.5, 0.96).startswith("Neither order nor shape")

@@ -533,6 +533,8 @@ def test_gguf_tokenizer_is_the_original_one(tiny_gguf: Path, tiny: tuple[Any, An
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert set(tokenizer.all_special_ids) == {0, 1, 2}
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    ids = tokenizer([TEXT, "7"], padding=True).input_ids
+    assert ids[1][0] == 2 != ids[1][-1]
 
 
 def test_smollm_splits_digits_off_before_merging(tmp_path: Path, tiny: tuple[Any, Any], cache: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -702,3 +703,19 @@ def test_judges_of_the_library_in_a_tree(model: LoadedModel, tmp_path: Path) -> 
     for token in found.nodes[0].tokens:
         (one,) = token.completions
         assert token.valid is (re.fullmatch("[0-9 +]+", one.text.strip()) is not None)
+
+
+def test_a_probe_that_finds_nothing_says_why(model: LoadedModel, tmp_path: Path) -> None:
+    def hint(verdict: bool, ended: bool) -> str:
+        judge_ = Rule(lambda text: verdict, f"always {verdict}")
+        found = probe.probe(model, judge_, PROMPT, plan(ranks=(1, 2), depth=1), tmp_path / f"{verdict} {ended}")
+        nodes = []
+        for node in found.nodes:
+            completed = [[replace(c, ended=ended) for c in token.completions] for token in node.tokens]
+            tokens = [replace(t, completions=tuple(some)) for t, some in zip(node.tokens, completed, strict=True)]
+            nodes.append(replace(node, tokens=tuple(tokens)))
+        return probe_report.hint(replace(found, nodes=nodes))
+
+    assert hint(False, ended=False).startswith("Every completion was cut off: raise --max-new-tokens")
+    assert hint(False, ended=True).startswith("Nothing is valid. The judge is given what the model writes behind")
+    assert hint(True, ended=True) == ""

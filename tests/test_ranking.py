@@ -326,3 +326,24 @@ def test_the_terminal_shows_the_ranking_and_a_line_a_task(width: int, large: rep
     assert starts[: len(NAMES) + 2] == [p.family for p in large.rankings[0].places]
     for result in large.tasks:
         assert report.headline(result, 0.8) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_setting_to_use_is_the_best_single_one_on_all_tasks(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tasks = [result_of({"temperature": 5, "min_p": 7}, 3, rng) for _ in range(3)]
+    for floor in (0.3, 0.6, 0.95):
+        scores = {}
+        for number, setting in enumerate(tasks[0].setting):
+            values = [(t.validity[number].mean(), t.diversity[number].mean()) for t in tasks]
+            scores[setting] = [d for v, d in values if v >= floor and np.isfinite(d)]
+        best = max(sum(s) / 3 for s in scores.values())
+        advice = ranking.advise(tasks, floor)
+        if not best:
+            assert advice is None
+            continue
+        assert advice is not None
+        assert advice.score == pytest.approx(best)
+        assert advice.score == pytest.approx(sum(scores[advice.setting]) / 3)
+        assert advice.reached == len(scores[advice.setting])
+        assert advice.setting in report.overall(ranking.rank(tasks, floor))

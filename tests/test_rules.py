@@ -925,3 +925,13 @@ def test_basis_aware_is_its_formula_on_real_rows(real: tuple[np.ndarray, Scene])
         got = processed("basis_aware", values, z, around)
         for i, row in enumerate(z):
             compare(f"basis_aware {given}, row {i}", got[i], wanted("basis_aware", values, row, i, around))
+
+
+def test_a_rule_declared_without_brackets_is_told() -> None:
+    with pytest.raises(decal.DecalError, match=r"write @rule\(\), with brackets, above bare"):
+
+        @decal.rule
+        def bare(row):
+            return row.max
+
+    assert "bare" not in decal.RULES

@@ -89,7 +89,7 @@ def test_a_chain_with_memory_draws_too():
     assert not torch.equal(moved[1]["mu"], state[1]["mu"])
 
 
-@pytest.mark.parametrize("given", [0.5, "a", None, [1, 2], [1.0, 2.0, 3.0], 2**64, True])
+@pytest.mark.parametrize("given", [0.5, "a", None, [1, 2], [1], torch.tensor([1]), [[1, 2, 3]], [1.0, 2.0, 3.0], 2**64, True])
 def test_seeds_are_whole_numbers(given):
     with pytest.raises(DecalError, match="seeds must be a whole number, or 3 of them"):
         decal.parse("top_p(0.5)").sample(torch.zeros(3, 4), given, 0)
