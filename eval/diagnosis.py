@@ -16,7 +16,7 @@ import numpy as np
 from decal.eval import order, shape
 from decal.eval.frontier import ORACLES, TaskResult, interval
 from decal.eval.order import Level, Prefix
-from decal.eval.ranking import Estimate
+from decal.eval.ranking import Estimate, held_out
 from decal.eval.theory import Compounding, compounding
 from decal.eval.trie import TokenTrie
 from decal.samplers.errors import DecalError
@@ -231,6 +231,9 @@ class Gaps:
         rest: 1 less mask.
         cutoff: for every family of samplers, the better of size and cut less the family; negative where it does better.
         setting: for every family that reaches the floor, the setting that does best.
+        held: for every family of samplers, the diversity of the settings that do best on half of the prompts, on the others;
+            empty for one prompt.
+        held_best: the same for all samplers together, `held_validity` their validity there; None if none was chosen.
 
     What lacks a setting that reaches the floor counts as 0, and its gaps have no intervals.
     """
@@ -244,6 +247,9 @@ class Gaps:
     rest: Estimate
     cutoff: Mapping[str, Estimate]
     setting: Mapping[str, str]
+    held: Mapping[str, Estimate]
+    held_best: Estimate | None
+    held_validity: float | None
 
     @property
     def reached(self) -> tuple[str, float]:
@@ -266,6 +272,7 @@ def gaps(result: TaskResult, floor: float, given_valid: np.ndarray) -> Gaps:
     size, cut, mask = (reached(oracle) for oracle in ORACLES[:3])
     ceiling = max(size, cut, key=np.mean)
     samplers = [f for f in result.families() if f not in ORACLES]
+    held, validity = _held(result, samplers, floor)
     return Gaps(
         floor=floor,
         size=float(size.mean()),
@@ -276,7 +283,21 @@ def gaps(result: TaskResult, floor: float, given_valid: np.ndarray) -> Gaps:
         rest=estimate(1 - mask),
         cutoff={f: gap(ceiling, reached(f)) for f in samplers},
         setting={f: best.setting for f in samplers if (best := result.best(f, floor))},
+        held=dict(zip(samplers, held, strict=False)),
+        held_best=held[-1] if held else None,
+        held_validity=validity,
     )
+
+
+def _held(result: TaskResult, samplers: Sequence[str], floor: float) -> tuple[list[Estimate], float | None]:
+    """Held-out diversity of every family and of all together, and validity of the latter."""
+    if len(result.prompts) < 2:
+        return [], None
+    members = [result.members(f) for f in samplers]
+    everything = [*members, np.concatenate(members)]
+    diversity, validity = held_out(result, everything, floor, np.random.default_rng(0))
+    chosen = np.isfinite(validity[-1])
+    return [estimate(d) for d in diversity], float(validity[-1][chosen].mean()) if chosen.any() else None
 
 
 def estimate(sample: Sequence[float] | np.ndarray, least: float = 0.0, most: float = 1.0) -> Estimate:

@@ -417,6 +417,8 @@ def _gap_cells(found: Gaps) -> dict[str, str]:
         "mask": f"{found.mask:.2f}",
         "setting": found.setting.get(family, "none"),
         "reached": f"{diversity:.2f}" if reached else "not reached",
+        "held": "" if found.held_validity is None or found.held_best is None else _cell(found.held_best),
+        "held_validity": "" if found.held_validity is None else f"{found.held_validity:.2f}",
         "cutoff": _cell(found.cutoff[family], "+.2f") if reached else "",
     }
 

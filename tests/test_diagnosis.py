@@ -15,7 +15,7 @@ from test_order import case_of
 import decal
 from decal.eval import diagnosis, exact, order
 from decal.eval.diagnosis import diagnose
-from decal.eval.frontier import Evaluation, TaskResult
+from decal.eval.frontier import ORACLES, Evaluation, TaskResult
 from decal.eval.grid import Setting
 from decal.eval.task import Answers, Question, Task
 from decal.eval.trie import TokenTrie
@@ -158,6 +158,7 @@ def gaps_of(order_values, shape_value, best, size=0.9):
     other = diagnosis.Gaps(
         0.8, size, size, 1.0, diagnosis.estimate(order_values, -1), diagnosis.estimate([shape_value] * len(order_values)),
         diagnosis.estimate([0.0]), {"min_p": diagnosis.estimate([size - best], -1.0)}, {"min_p": "min_p(0.1)"} if best else {},
+        {}, None, None,
     )  # fmt: skip
     return diagnosis.headline(other)
 
@@ -170,6 +171,23 @@ def test_headlines_say_no_more_than_is_known():
     assert "order does too" not in gaps_of([0.1] * 3, 0.9, 0.1)
     assert "order does too" in gaps_of([0.4] * 3, 0.9, 0.1)
     assert gaps_of([1.0] * 3, 0.0, 0.0, size=0.0).endswith("No sampler is that valid.")
+
+
+def test_held_out_settings_are_chosen_elsewhere():
+    """Two samplers, one good on each prompt, and an even third: what is best on one prompt is scored on the other."""
+    names = ["a", "b"]
+    question = Question(Task(name="t", label="x", answers=Answers(list=names)), ValidSet.from_list(names))
+    family = ["first", "second", "third", *ORACLES[:3]]
+    diversity = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.55], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    validity = np.array([[0.9, 0.3], [0.5, 0.9], [0.9, 0.85], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    result = TaskResult(question, ["p", "q"], 3, family, family, validity, diversity, 0 * validity, None)
+    gaps = diagnosis.gaps(result, 0.8, np.ones(2))
+    assert gaps.reached[0] == "third"
+    assert gaps.held_best.value == pytest.approx((0.2 + 0.1) / 2)  # second chosen for the first prompt, first for the second
+    assert gaps.held_validity == pytest.approx((0.5 + 0.3) / 2)
+    assert {f: e.value for f, e in gaps.held.items()} == pytest.approx({"first": 0.05, "second": 0.1, "third": 0.525})
+    one = TaskResult(question, ["p"], 3, family, family, validity[:, :1], diversity[:, :1], 0 * validity[:, :1], None)
+    assert diagnosis.gaps(one, 0.8, np.ones(1)).held_best is None
 
 
 def test_answers_of_several_spellings_are_refused():
