@@ -45,10 +45,14 @@ def _asks(command: Any) -> Any:
         ),
         click.option("--task", "tasks", multiple=True, help="A built-in task or a YAML file; may be repeated."),
         click.option(
-            "--grid", "grid_name", default="quick", show_default=True, help="quick, all, paper, or a file with a chain a line."
+            "--grid",
+            "grid_name",
+            default="quick",
+            show_default=True,
+            help="The settings to try: quick (every rule), all (slow rules too), paper (arXiv 2605.11128), or a file.",
         ),
-        click.option("--floor", default=0.8, show_default=True, help="Validity floor of the headlines, in (0, 1]."),
-        click.option("--form", type=click.Choice(FORMS), help="How to put every task."),
+        click.option("--floor", default=0.8, show_default=True, help="Validity in (0, 1] at which samplers are compared."),
+        click.option("--form", type=click.Choice(FORMS), help="How to put every task; by default as the task says."),
         click.option("--draws", type=click.IntRange(1, 1000), help="Few-shot prompts to average over."),
         click.option("--seed", default=0, show_default=True, help="Decides the exemplars of few-shot prompts."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto."),
@@ -158,7 +162,7 @@ def frontier(out: Path, **asked: Any) -> None:
 )
 @click.option("--swept", type=click.IntRange(1), help="Look at so many tokens of a ranking for order, instead of all.")
 def diagnose(out: Path, swept: int | None, **asked: Any) -> None:
-    """Say which fault limits a model on each task: order, shape, or neither.
+    """Say which fault limits a model on a task, order or shape.
 
     Measures the order and shape of the model's next-token distributions at every prefix of every valid answer, exactly, how
     their errors compound over steps, and how far samplers stay from what is possible, and through what. Prints a table and
@@ -195,6 +199,8 @@ def report(runs: tuple[Path, ...], floor: float, out: Path) -> None:
     """
     from decal.eval import comparison
 
+    if len({folder.resolve() for folder in runs}) < len(runs):
+        raise DecalError(f"every run can be given once, got {', '.join(map(str, runs))}")
     found = comparison.compare([comparison.read(folder) for folder in runs], floor)
     _check_writable(out)
     files = comparison.write(found, out)
@@ -209,7 +215,7 @@ def report(runs: tuple[Path, ...], floor: float, out: Path) -> None:
 @click.option("--task", "name", required=True, help="A built-in task or a YAML file, of any size.")
 @click.option("--chain", "chains", multiple=True, help='Such as "temperature(1.4) | min_p(0.1)"; may be repeated.')
 @click.option("--samples", default=1000, show_default=True, type=click.IntRange(2), help="Answers drawn on each prompt.")
-@click.option("--form", type=click.Choice(FORMS), help="How to put the task.")
+@click.option("--form", type=click.Choice(FORMS), help="How to put the task; by default as it says.")
 @click.option("--draws", type=click.IntRange(1, 1000), help="Few-shot prompts to average over.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides exemplars and draws.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto.")
@@ -229,7 +235,7 @@ def estimate(
     accept_licence: bool,
     out: Path | None,
 ) -> None:
-    """Estimate validity and diversity on a valid set too large for exact evaluation.
+    """Estimate validity and diversity on a very large valid set.
 
     Answers are drawn, half from the uniform law on the valid set and half from the model confined to it; every chain's
     probability of each is exact, and weighted by how likely it was to be drawn. Intervals cover the drawing.
@@ -306,7 +312,7 @@ def _check_writable(folder: Path) -> None:
 @cli.command()
 @click.argument("chain")
 def explain(chain: str) -> None:
-    """Say what a chain does: steps, passes over the vocabulary, backend, and why.
+    """Say what a chain does, in how many passes, and why.
 
     CHAIN is written like "temperature(1.4) | min_p(0.1)".
     """
@@ -350,7 +356,7 @@ def tasks_() -> None:
 @click.option("--page", type=click.Path(path_type=Path), help="Write the page of all rules and its pictures to this folder.")
 @click.option("--check", type=click.Path(path_type=Path), help="Say whether the page in this folder is what would be written.")
 def rules_(page: Path | None, check: Path | None) -> None:
-    """List the rules, those of installed plugins too, or write their page."""
+    """List the rules, of plugins too, or write their page."""
     if page and check:
         raise DecalError("--page writes and --check only looks; give one of them")
     if not page and not check:
@@ -453,7 +459,7 @@ def probe(
     dtype: str | None,
     accept_licence: bool,
 ) -> None:
-    """Measure order where no list of valid answers exists: complete the model's next tokens, and judge the completions.
+    """Measure order where valid answers can't be listed, by a judge.
 
     At a prefix, tokens at the given ranks are completed and judged; a token is valid if one of its completions is. Then the
     same is done behind some of the valid tokens. Prints a table and writes tree.json, tokens.parquet, a figure and report.html.
@@ -572,7 +578,7 @@ def score_(
     seed: int,
     out: Path,
 ) -> None:
-    """Measure validity and diversity of sampled outputs, of any model.
+    """Measure validity and diversity of outputs of any model.
 
     OUTPUTS has one JSON object a line: prompt (or id) and output, and if you like model, setting, answer (what counts in the
     output) and valid (true or false). Prints a table and writes scores.json, scores.parquet and score.html.

@@ -137,13 +137,14 @@ class Ranking:
         """What the intervals are over, in a sentence or two."""
         several = max(self.prompts) > 1
         what = f"Intervals are {LEVEL * 100:g} % bootstrap intervals"
+        units = len(self.prompts) if len(self.prompts) > 1 else self.prompts[0]
+        # Measured on normal data (tests/test_ranking.py): the spread of so few is underestimated.
+        few = " From 6 they cover about 89 % only, from 3 about 75 %." if units < 20 else ""
         if len(self.prompts) > 1:
             over = "tasks are drawn with replacement" + (", then prompts within each" if several else "; each has one prompt")
-            # Measured on normal data (tests/test_ranking.py): the spread of so few tasks is underestimated.
-            few = " From 6 tasks they cover about 89 % only, from 3 about 75 %." if len(self.prompts) < 20 else ""
             return f"{what}: {over}, the same draws for every sampler.{few}"
         if several:
-            return f"{what} over the prompts of this one task; they say nothing of other tasks."
+            return f"{what} over the prompts of this one task; they say nothing of other tasks.{few}"
         return "There are no intervals: one task with one prompt leaves nothing to resample."
 
 
