@@ -102,8 +102,10 @@ def cell(case: Case, kind: str, vocabulary: int, size: int, rows: torch.Tensor, 
             del peers[name]
     if options.strict and left_out:
         raise SystemExit(f"{kind}, V = {vocabulary}, B = {size}: {left_out}")
-    everybody = {"decal": mine, **peers, "softmax": cases.softmax(case, size, vocabulary)}
-    everybody["softmax"].call(parts[0])
+    limits = cases.limits()
+    for limit in limits.values():
+        limit.call(parts[0])
+    everybody = {"decal": mine, **peers, **limits}
     taken = rounds(everybody, parts, options.seconds, options.least, options.most)
     return {
         "kind": kind,
@@ -319,8 +321,10 @@ def limit_table(results: Mapping[str, Any], kind: str) -> str:
     for case in CASES:
         found = [results["cells"].get(key(kind, v, b, case.name)) for v, b in grid]
         if any(found):
-            lines.append([code(case.name), *(number(1 / one["ratio"]["softmax"][0]) if one else "–" for one in found)])
-    return table(["case", *(f"{v / 1000:.0f}k × {b}" for v, b in grid)], lines)
+            for limit in cases.limits():
+                ratios = (one["ratio"].get(limit) if one else None for one in found)
+                lines.append([f"{code(case.name)}, {limit}", *(number(1 / one[0]) if one else "–" for one in ratios)])
+    return table(["case, limit", *(f"{v / 1000:.0f}k × {b}" for v, b in grid)], lines)
 
 
 def absolute_table(results: Mapping[str, Any]) -> str:
@@ -388,7 +392,8 @@ long. In brackets: the 95 % interval has 1 in it.
 - *llama.cpp*: its sampler chain through llama-cpp-python, row by row. It takes an array of structures, which every step
   has to fill from the logits; *array ready* leaves that out. It gives an array of candidates, not logits: where nothing
   is drawn it does less than the others, since it writes no row.
-- *softmax*: one `torch.softmax` of the same float32 rows, as the limit of what reads and writes every logit.
+- *softmax*: one `torch.softmax` of the same float32 rows, and *copy*: one `torch.clone` of them, as the limits of what reads
+  and writes every logit.
 
 Before anything is timed, results are compared: kept sets are the same but for one token and {tolerance} of the
 probability, which float32 sums of the others cost; the largest differences found: {widest}. decal sums in integers. Kept
@@ -410,9 +415,9 @@ interval.
 
 {losses}
 
-## decal beside one softmax
+## decal beside one softmax and one copy
 
-Time of decal divided by that of one softmax of the same rows (V in thousands × B), on real rows:
+Time of decal divided by that of one softmax and of one copy of the same rows (V in thousands × B), on real rows:
 
 {limit_real}
 

@@ -242,11 +242,16 @@ def _group_maxima(x, n, maxima, ends):
 
 @_jit
 def _largest(x, n, ends):
-    m = ends[0]
-    for i in range(n):
-        v = x[i]
-        m = v if v > m else m
-    return m
+    # Four at once, as each comparison waits for the one before.
+    a = b = c = d = ends[0]
+    for i in range(0, n - 3, 4):
+        a = x[i] if x[i] > a else a
+        b = x[i + 1] if x[i + 1] > b else b
+        c = x[i + 2] if x[i + 2] > c else c
+        d = x[i + 3] if x[i + 3] > d else d
+    for i in range(n - n % 4, n):
+        a = x[i] if x[i] > a else a
+    return max(max(a, b), max(c, d))
 
 
 @_jit
@@ -979,12 +984,18 @@ def _draw(x, places, whole, n, maps, k, peak, seed, position, buffer, ends):
 
 
 @_jit
-def _gather_whole(raw, n, groups, low, high, work):
-    """Elements in [low, high] of a whole row into ``work.kept``, their ids into ``work.ids``; returns how many."""
+def _few_groups(groups, low, work):
+    """Whether so few groups reach ``low`` that to look at them alone pays."""
     few = 0
     for g in range(groups):
         few += np.int64(work.maxima[g] >= low)
-    if high == work.ends[1] and few * 4 <= groups:
+    return few * 4 <= groups
+
+
+@_jit
+def _gather_whole(raw, n, groups, low, high, work):
+    """Elements in [low, high] of a whole row into ``work.kept``, their ids into ``work.ids``; returns how many."""
+    if high == work.ends[1] and _few_groups(groups, low, work):
         return _gather_groups(raw, n, work.maxima, groups, low, work.kept, work.ids, n)
     return _gather(raw, n, low, high, work.kept, work.ids, work.marks)
 
@@ -1158,6 +1169,9 @@ def _row(x, registers, code, work, out, kind, top, seed, position, careful):
     elif kind == MASK:
         if pending and not whole:
             n = _gather_again(n, low, high, work)
+        elif pending and high == ends[1] and _few_groups(groups, low, work):
+            n = _gather_groups(raw, n, work.maxima, groups, low, work.kept, work.ids, n)
+            raw, whole = work.kept, False
         _write_mask(x, raw, n, work.ids, whole, low, high, cleaned, out, ends)
     elif kind == VALUES:
         if pending and not whole:
