@@ -10,7 +10,7 @@ import torch
 
 from decal.eval import grid
 from decal.eval.exact import dense_flow, evaluate
-from decal.eval.trie import TokenTrie
+from decal.samplers.trie import TokenTrie
 
 SETTINGS = grid.load("paper")
 

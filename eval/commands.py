@@ -97,7 +97,7 @@ def _ask(
     start = time.monotonic()
     from decal.eval import grid, models, task
     from decal.eval.frontier import Evaluation
-    from decal.eval.trie import check_size
+    from decal.samplers.trie import check_size
 
     # Everything that can be wrong with the request is found before the model is loaded.
     if not 0 < floor <= 1:

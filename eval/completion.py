@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from decal.eval.frontier import end_tokens
 from decal.eval.models import LoadedModel
-from decal.eval.vocabulary import Vocabulary
 from decal.samplers.chain import Chain, parse
 from decal.samplers.errors import DecalError
+from decal.samplers.vocabulary import Vocabulary
 
 Form = Literal["completion", "chat"]
 

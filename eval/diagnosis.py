@@ -18,8 +18,8 @@ from decal.eval.frontier import ORACLES, TaskResult, interval
 from decal.eval.order import Level, Prefix
 from decal.eval.ranking import Estimate, held_out
 from decal.eval.theory import Compounding, compounding
-from decal.eval.trie import TokenTrie
 from decal.samplers.errors import DecalError
+from decal.samplers.trie import TokenTrie
 
 RECALL_TARGETS = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 PRECISION_TARGETS = (1.0, 0.95, 0.9, 0.8, 0.5)

@@ -23,8 +23,8 @@ from decal.eval.paths import write_files
 from decal.eval.ranking import Estimate
 from decal.eval.ribbon import KINDS, TEMPERATURES, Ribbon
 from decal.eval.task import Question
-from decal.eval.trie import TokenTrie
 from decal.samplers.errors import DecalError
+from decal.samplers.trie import TokenTrie
 
 FORMAT = 1
 COLOURS = {"frequent": "#2a7f3f", "rare": "#8fcf9b", "invalid": "#c9c9c9"}

@@ -28,10 +28,10 @@ from decal.eval.frontier import LEVEL, Evaluation
 from decal.eval.paths import cache_dir, scratch_dir
 from decal.eval.ranking import Estimate
 from decal.eval.task import Question
-from decal.eval.trie import Policy, TokenTrie, TrieBuilder
-from decal.eval.valid_set import ValidSet
 from decal.samplers.chain import Chain
 from decal.samplers.errors import DecalError
+from decal.samplers.trie import Policy, TokenTrie, TrieBuilder
+from decal.samplers.valid_set import ValidSet
 
 RESAMPLES = 400
 END = -1

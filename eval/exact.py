@@ -18,11 +18,11 @@ from torch import Tensor
 
 from decal.eval.forward import needed
 from decal.eval.ranked import CompactRow, RankedBlock, RankedRow, moments_of, plain, table_scales
-from decal.eval.trie import TokenTrie
 from decal.samplers.chain import Chain
 from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.rule import Rule, Step
+from decal.samplers.trie import TokenTrie
 
 Rows = Iterable[tuple[Sequence[int], Tensor]]
 """Blocks of nodes with their next-token logits, (nodes, V)."""

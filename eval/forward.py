@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decal.eval.trie import TokenTrie
 from decal.samplers.errors import DecalError
+from decal.samplers.trie import TokenTrie
 
 Sink = Callable[[list[int], Tensor], None]
 BLOCK = 256

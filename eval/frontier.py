@@ -14,10 +14,10 @@ from decal.eval.grid import Setting
 from decal.eval.models import LoadedModel
 from decal.eval.ranked import scale_after
 from decal.eval.task import Question
-from decal.eval.trie import TokenTrie, TrieBuilder
-from decal.eval.vocabulary import Vocabulary
 from decal.samplers.chain import Chain
 from decal.samplers.context import Weights
+from decal.samplers.trie import TokenTrie, TrieBuilder
+from decal.samplers.vocabulary import Vocabulary
 
 FLOORS = (0.5, 0.8, 0.9)
 ORACLES = ("oracle: size", "oracle: best cutoff", "oracle: validity mask", "oracle: completion counts")

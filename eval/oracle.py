@@ -25,8 +25,8 @@ import torch
 
 from decal.eval.exact import Flow, Group, Interest
 from decal.eval.ranked import RankedBlock, first
-from decal.eval.trie import TokenTrie
 from decal.samplers.rule import find
+from decal.samplers.trie import TokenTrie
 
 PRICES = (-6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 24.0, 40.0)
 """Prices of validity, in nats of entropy, at which the best cutoffs are computed."""

@@ -19,7 +19,7 @@ from decal.eval.exact import Interest, Rows, flows
 from decal.eval.oracle import leads_somewhere
 from decal.eval.ranked import RankedBlock, first
 from decal.eval.theory import Kept
-from decal.eval.trie import TokenTrie
+from decal.samplers.trie import TokenTrie
 
 Weighting = Literal["counts", "unit"]
 """How much a valid step counts in recall: as many answers as it leads to, as in the paper, or as much as any other."""

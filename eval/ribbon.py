@@ -13,8 +13,8 @@ from decal.eval import shape
 from decal.eval.exact import Rows
 from decal.eval.order import Prefix
 from decal.eval.ranked import plain
-from decal.eval.trie import TokenTrie
-from decal.eval.vocabulary import Vocabulary
+from decal.samplers.trie import TokenTrie
+from decal.samplers.vocabulary import Vocabulary
 
 TOKENS = 120
 """Tokens of a ribbon that are shown."""

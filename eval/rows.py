@@ -17,8 +17,8 @@ from torch import Tensor
 from decal.eval import forward
 from decal.eval.exact import Rows
 from decal.eval.paths import atomic_dir, cache_dir
-from decal.eval.trie import Policy, TokenTrie
 from decal.samplers.errors import DecalError
+from decal.samplers.trie import Policy, TokenTrie
 
 FORMAT = 1
 SHARD_BYTES = 256_000_000

@@ -22,8 +22,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, StrictS
 from decal.eval import metrics
 from decal.eval.metrics import METRICS, NGRAMS, PAIRS, REFERENCES, Metric
 from decal.eval.task import Question
-from decal.eval.trie import MOST_ANSWERS
 from decal.samplers.errors import DecalError
+from decal.samplers.trie import MOST_ANSWERS
 
 LEVEL = 0.95
 """Confidence level of every interval."""

@@ -16,9 +16,9 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
-from decal.eval.trie import Policy
-from decal.eval.valid_set import ValidSet
 from decal.samplers.errors import DecalError
+from decal.samplers.trie import Policy
+from decal.samplers.valid_set import ValidSet
 
 FOLDER = Path(__file__).parent / "tasks"
 DEFAULT_TASKS = ("weekdays", "months", "us_states", "integers", "digits2", "digits2_sum_le")

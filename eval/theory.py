@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from decal.eval.exact import Rows
-from decal.eval.trie import TokenTrie
 from decal.samplers.errors import DecalError
+from decal.samplers.trie import TokenTrie
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from decal.eval.diagnosis import diagnose
 from decal.eval.frontier import ORACLES, Evaluation, TaskResult
 from decal.eval.grid import Setting
 from decal.eval.task import Answers, Question, Task
-from decal.eval.trie import TokenTrie
-from decal.eval.valid_set import ValidSet
+from decal.samplers.trie import TokenTrie
+from decal.samplers.valid_set import ValidSet
 
 VOCABULARY = 64
 TEXTS = {

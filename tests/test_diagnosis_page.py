@@ -17,7 +17,7 @@ from test_diagnosis import planted, result_of
 from decal.eval import diagnosis_report as pages
 from decal.eval import order, ribbon
 from decal.eval.diagnosis import diagnose
-from decal.eval.vocabulary import Vocabulary
+from decal.samplers.vocabulary import Vocabulary
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WORDS = Vocabulary({token: f"<w{token}>".encode() for token in range(1, 64)})

@@ -17,8 +17,8 @@ from decal.eval import estimate, exact
 from decal.eval.estimate import Drawing, Draws
 from decal.eval.forward import prefix_logits
 from decal.eval.task import Answers, Question, Task
-from decal.eval.trie import Policy
-from decal.eval.valid_set import ValidSet
+from decal.samplers.trie import Policy
+from decal.samplers.valid_set import ValidSet
 
 CHAINS = [decal.parse(text) for text in ("temperature(1)", "temperature(2.5)", "top_k(250)", "min_p(0.01) | temperature(2)")]
 POLICY = Policy(leading_space=True, ends=("\n",))

@@ -16,8 +16,8 @@ from torch import Tensor
 import decal
 from decal import Affine
 from decal.eval import exact, forward, grid
-from decal.eval.trie import TokenTrie
 from decal.samplers.context import Weights
+from decal.samplers.trie import TokenTrie
 
 CHAINS: list[Steps] = [
     [("temperature", 1.0)],

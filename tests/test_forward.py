@@ -18,7 +18,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 import decal
 from decal.eval import forward, rows
 from decal.eval.exact import evaluate
-from decal.eval.trie import Policy, TokenTrie
+from decal.samplers.trie import Policy, TokenTrie
 
 VOCABULARY = 40
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

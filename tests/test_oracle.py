@@ -14,8 +14,8 @@ from torch import Tensor
 import decal
 from decal.eval import exact, oracle, task
 from decal.eval.exact import Interest, Outcome
-from decal.eval.trie import Policy, TokenTrie
-from decal.eval.valid_set import ValidSet
+from decal.samplers.trie import Policy, TokenTrie
+from decal.samplers.valid_set import ValidSet
 
 SCALES = (2.0, 1.0, 0.4, 0.0)
 TOLERANCE = 0.01

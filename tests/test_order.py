@@ -14,7 +14,7 @@ from torch import Tensor
 from decal.eval import order
 from decal.eval.order import Prefix
 from decal.eval.theory import compounding
-from decal.eval.trie import TokenTrie
+from decal.samplers.trie import TokenTrie
 
 VOCABULARY = 40
 

@@ -18,7 +18,7 @@ from decal.eval.frontier import Evaluation
 from decal.eval.grid import Setting
 from decal.eval.models import LoadedModel
 from decal.eval.task import Answers, Question, Task
-from decal.eval.valid_set import ValidSet
+from decal.samplers.valid_set import ValidSet
 
 NAMES = ["ab", "abc", "b", "ba", "cab", "ccc"]
 

@@ -18,7 +18,7 @@ import tiny
 
 from decal import DecalError
 from decal.eval import task
-from decal.eval.valid_set import ValidSet
+from decal.samplers.valid_set import ValidSet
 
 SUMS = {2: 9, 3: 13, 4: 18}
 BPE = tiny.byte_level

@@ -11,7 +11,7 @@ import torch
 
 import decal
 from decal.eval.theory import Kept, compounding
-from decal.eval.trie import TokenTrie
+from decal.samplers.trie import TokenTrie
 
 Answer = tuple[int, ...]
 

@@ -19,9 +19,9 @@ import decal
 from decal import DecalError
 from decal.eval.exact import Outcome, evaluate
 from decal.eval.forward import prefix_logits
-from decal.eval.trie import Policy, TokenTrie
-from decal.eval.valid_set import ValidSet
-from decal.eval.vocabulary import Vocabulary, token_bytes
+from decal.samplers.trie import Policy, TokenTrie
+from decal.samplers.valid_set import ValidSet
+from decal.samplers.vocabulary import Vocabulary, token_bytes
 
 MONTHS = ["May", "March", "Mars", "April", "Mayday"]
 SENTENCES = [" May March", " May", "Mars Mayday", "April Mayday\n\n", " April\n", "\n\n\n"]

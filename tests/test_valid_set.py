@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decal import DecalError
-from decal.eval.valid_set import ValidSet
+from decal.samplers.valid_set import ValidSet
 
 
 def states(valid: ValidSet) -> dict[str, Any]:

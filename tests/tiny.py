@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from decal.eval.trie import Policy, TokenTrie, TrieBuilder
-from decal.eval.valid_set import ValidSet
-from decal.eval.vocabulary import Vocabulary
+from decal.samplers.trie import Policy, TokenTrie, TrieBuilder
+from decal.samplers.valid_set import ValidSet
+from decal.samplers.vocabulary import Vocabulary
 
 EOS = "<|end|>"
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[reply]{% endif %}"

@@ -19,7 +19,7 @@ from decal.eval import models, task
 from decal.eval.exact import Outcome, Situation, evaluate
 from decal.eval.frontier import Evaluation
 from decal.eval.rows import load_or_compute
-from decal.eval.trie import TokenTrie
+from decal.samplers.trie import TokenTrie
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 

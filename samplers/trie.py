@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from decal.eval.valid_set import ValidSet
-from decal.eval.vocabulary import Vocabulary
 from decal.samplers.errors import DecalError
+from decal.samplers.valid_set import ValidSet
+from decal.samplers.vocabulary import Vocabulary
 
 MOST_ANSWERS = 200_000
 """Exact evaluation costs a forward pass per prefix; beyond this many answers that is a mistake more often than a plan."""
