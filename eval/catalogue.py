@@ -40,6 +40,7 @@ GROUPS = {
     "simplex": "Laws that solve a problem on the simplex",
     "history": "Rules that look back, or toss a coin",
     "embedding": "Rules that read the model's embeddings",
+    "guided": "Rules that are told the valid answers",
 }
 """Headings for decal's own modules, in the order of the page."""
 
@@ -58,6 +59,7 @@ NEEDS = {
     "state": "what was drawn before (its memory)",
     "chance": "a coin of its own",
     "model": "the model's embeddings",
+    "answers": "the valid answers",
 }
 LAYOUT = 1
 """Goes up when the way pictures are drawn changes, so that they count as stale."""
@@ -329,6 +331,8 @@ def shown(rule: Rule) -> Chain:
 
 
 def _drawable(rule: Rule, rows: Sequence[PlotRow]) -> bool:
+    if "answers" in rule.needs:  # there are none for a row on its own
+        return False
     return bool(rows) and ("model" not in rule.needs or all(str(shown(rule)) in row.kept for row in rows))
 
 

@@ -21,6 +21,7 @@ from decal.eval.ranked import CompactRow, RankedBlock, RankedRow, moments_of, pl
 from decal.samplers.chain import Chain
 from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
+from decal.samplers.guided import Guide
 from decal.samplers.rule import Rule, Step
 from decal.samplers.trie import TokenTrie
 
@@ -230,7 +231,7 @@ class Situation:
     def context(self, trie: TokenTrie, nodes: Sequence[int]) -> Context:
         """Of a block of nodes."""
         texts = [[*self.prompt, *trie.path(node)] for node in nodes]
-        return Context(History.of(texts, prompt=len(self.prompt)), self.weights)
+        return Context(History.of(texts, prompt=len(self.prompt)), self.weights, Guide(trie))
 
 
 def flows(

@@ -29,9 +29,11 @@ from decal.samplers.rule import Rule, Step, find
 from decal.samplers.trace import Traced, trace
 
 if TYPE_CHECKING:
+    from decal.samplers.guided import Guide
     from decal.samplers.processor import ChainProcessor
+    from decal.samplers.valid_set import ValidSet
 
-SURVIVES_CUT = frozenset({"max", "k-th largest", "history", "state", "chance", "model"})
+SURVIVES_CUT = frozenset({"max", "k-th largest", "history", "state", "chance", "model", "answers"})
 """What a truncation leaves unchanged, as far as a later truncation is concerned: the largest logit, a threshold at the k-th
 largest (where fewer than k tokens are left, the earlier cut is the stricter one), and all that isn't in the logits."""
 
@@ -115,6 +117,7 @@ class Chain:
 
     steps: tuple[Step, ...]
     weights: Weights | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -129,7 +132,7 @@ class Chain:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Nothing that was worked out for this process.
-        return Chain, (self.steps, self.weights)
+        return Chain, (self.steps, self.weights, self.guide)
 
     def __or__(self, other: Chain | Rule) -> Chain:
         if isinstance(other, Rule):
@@ -138,7 +141,9 @@ class Chain:
             return NotImplemented
         if self.weights and other.weights and self.weights is not other.weights:
             raise DecalError(f"{self} and {other} are for different models; use for_model once, on the whole chain")
-        return Chain(self.steps + other.steps, self.weights or other.weights)
+        if self.guide and other.guide and self.guide is not other.guide:
+            raise DecalError(f"{self} and {other} are for different answers; use for_answers once, on the whole chain")
+        return Chain(self.steps + other.steps, self.weights or other.weights, self.guide or other.guide)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.steps))
@@ -159,12 +164,27 @@ class Chain:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it reads besides the logits: of ``history``, ``chance``, ``state`` and ``model``."""
+        """What it reads besides the logits: of ``history``, ``chance``, ``state``, ``model`` and ``answers``."""
         return frozenset().union(*(step.rule.needs for step in self.steps if not step.is_off))
 
     def for_model(self, model: Any) -> Chain:
         """The chain, with the embeddings of a transformers model, which a few rules read."""
-        return Chain(self.steps, Weights.of(model))
+        return replace(self, weights=Weights.of(model))
+
+    def for_answers(
+        self,
+        answers: Guide | ValidSet | Iterable[str],
+        tokenizer: Any = None,
+        *,
+        ends: Sequence[str] = ("<eos>",),
+        leading_space: bool = False,
+    ) -> Chain:
+        """The chain, with the valid answers that `guided` follows; arguments as in `Guide.of`, or a `Guide`."""
+        from decal.samplers.guided import Guide
+
+        if not isinstance(answers, Guide):
+            answers = Guide.of(answers, tokenizer, ends=ends, leading_space=leading_space)
+        return replace(self, guide=answers)
 
     def mask(self, logits: Tensor, *, history: History | None = None, state: State | None = None, check: bool = True) -> Tensor:
         """The logits with dropped tokens at -inf and kept ones untouched.
@@ -373,7 +393,7 @@ class Chain:
 
     def _run(self, logits: Tensor, history: History | None, state: State | None, compiling: bool = True) -> tuple[Tensor, Seen]:
         """The chain in wide floats, -inf where dropped, pass by pass; ``compiling`` where that can be."""
-        context = Context(history, self.weights)
+        context = Context(history, self.weights, self.guide)
         number = {id(step): i for i, step in enumerate(self.steps)}
         z_BV, seen = reference.clean(logits), {}
         # A row with nothing finite is none of the rules' business.

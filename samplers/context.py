@@ -1,4 +1,4 @@
-"""What a rule may know besides the logits: the tokens so far, whose turn it is, and the model's embeddings."""
+"""What a rule may know besides the logits: the tokens so far, whose turn it is, the model's embeddings, the valid answers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from decal.kernels.reference import wide
 from decal.samplers.errors import DecalError
+
+if TYPE_CHECKING:
+    from decal.samplers.guided import Guide
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,17 +150,22 @@ class Context:
     Attributes:
         history: the tokens so far.
         weights: the model's embeddings.
+        guide: the valid answers.
         coin: forces every random choice, for computing with both outcomes.
         toss: which random choice of the chain it is.
     """
 
     history: History | None = None
     weights: Weights | None = None
+    guide: Guide | None = None
     coin: bool | None = None
     toss: int = 0
 
     @classmethod
     def probe(cls) -> Context:
         """The smallest context that has everything, for two tokens."""
+        from decal.samplers.guided import Guide
+        from decal.samplers.trie import TokenTrie
+
         two = torch.eye(2, dtype=torch.float64)
-        return cls(History.of([[0]]), Weights(two, two))
+        return cls(History.of([[0]]), Weights(two, two), Guide(TokenTrie(1)))

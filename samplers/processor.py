@@ -75,6 +75,8 @@ class ChainProcessor(LogitsProcessor):
     ):
         if "model" in chain.needs and chain.weights is None:
             raise DecalError(f"the chain {chain} reads the model's embeddings: use chain.for_model(model)")
+        if "answers" in chain.needs and chain.guide is None:
+            raise DecalError(f"the chain {chain} follows known answers: use chain.for_answers(answers, tokenizer)")
         self.seeds = None if seeds is None else _numbers("seeds", seeds)
         self.requests = self.seeds if requests is None else _numbers("requests", requests)
         if self.seeds is not None and self.requests is not None and len(self.seeds) != len(self.requests):
@@ -286,4 +288,5 @@ def _repeat(chain: Chain, times: int) -> Chain:
             for step in chain.steps
         ),
         chain.weights,
+        chain.guide,
     )

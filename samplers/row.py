@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from decal.kernels import random
 from decal.kernels.statistics import INEXACT, SCALED, STATISTICS, exp, term
 from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
+
+if TYPE_CHECKING:
+    from decal.samplers.guided import Guide
 
 
 class Band(NamedTuple):
@@ -141,6 +144,10 @@ class Row(Protocol):
         """The model's embeddings."""
 
     @property
+    def guide(self) -> Guide:
+        """The valid answers."""
+
+    @property
     def tokens(self) -> Tensor | None:
         """(B, W) which tokens the columns are, or None if column i is token i."""
 
@@ -216,6 +223,13 @@ class BaseRow:
         if self._context.weights is None:
             raise DecalError("this chain reads the model's embeddings: use chain.for_model(model)")
         return self._context.weights
+
+    @property
+    def guide(self) -> Guide:
+        self.reads.add("answers")
+        if self._context.guide is None:
+            raise DecalError("this chain follows known answers: use chain.for_answers(answers, tokenizer)")
+        return self._context.guide
 
     def chance(self, probability: Tensor, seed: Tensor) -> Tensor:
         self.reads.add("chance")

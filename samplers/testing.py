@@ -9,7 +9,7 @@ Each law of `LAWS` can also be run by itself, as ``LAWS[name](rule)``. They need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 from decal.samplers.chain import Chain, from_json, parse, run_pass
 from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
+from decal.samplers.guided import Guide
 from decal.samplers.rule import Parameter, Rule
+from decal.samplers.trie import TokenTrie
 
 SETTINGS = 6
 """How many values a rule declares as worth comparing, so that none is tuned harder than another."""
@@ -124,7 +126,9 @@ class Trial:
         text = torch.randint(0, min(vocabulary, 6), (rows, 9), generator=g)
         vectors = torch.randn(2, vocabulary, 5, generator=g, dtype=torch.float64)
         weights = Weights(vectors[0], vectors[1]) if "model" in chain.needs else None
-        return cls(Chain(chain.steps, weights), History.of(text, prompt=4))
+        answers = some_answers(text[:, 4:].tolist(), vocabulary) if "answers" in chain.needs else []
+        guide = guide_of(answers, max(vocabulary - 1, 1)) if answers else None
+        return cls(Chain(chain.steps, weights, guide), History.of(text, prompt=4))
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.chain(z, history=self.history, state=self.chain.init(len(z)))
@@ -135,6 +139,25 @@ class Trial:
     def row(self, i: int) -> Trial:
         """The same for one of the rows."""
         return replace(self, history=self.history.rows(torch.tensor([i])))
+
+
+def guide_of(answers: Sequence[tuple[int, ...]], end: int) -> Guide:
+    """Answers given as tokens, which the token ``end`` ends."""
+    trie = TokenTrie(len(answers), (end,))
+    for number, tokens in enumerate(answers):
+        trie.insert(tokens, number)
+    return Guide(trie)
+
+
+def some_answers(texts: Sequence[Sequence[int]], vocabulary: int) -> list[tuple[int, ...]]:
+    """Answers that begin with these texts, of several all but the first, and go on or end in several ways."""
+    found = (
+        (*text, token, *range(further))
+        for number, text in enumerate(texts[1:] or texts)
+        for further in range(number % 3 + 1)
+        for token in range(0, max(vocabulary - 1, 1), further + 2)
+    )
+    return list(dict.fromkeys(found))
 
 
 def trials(rule: Rule, z: Tensor, *, awkward: bool = False) -> Iterator[Trial]:
@@ -202,8 +225,9 @@ def is_sane(trial: Trial, z: Tensor) -> None:
 
 
 def acts_as_its_kind_says(rule: Rule) -> None:
-    """A truncation keeps the top together and untouched, a band a stretch of the ranking; a reshaping keeps the support, or
-    just the modes; tokens of equal logit fare alike unless the tokens so far or the embeddings tell them apart."""
+    """A truncation keeps the top together and untouched, and so does a projection that keeps the order; a band a stretch of the
+    ranking; a reshaping keeps the support, or just the modes; tokens of equal logit fare alike unless the tokens so far or the
+    embeddings tell them apart."""
     for z in [*small_rows(), *_large(rule)]:
         for trial in trials(rule, z):
             is_of_its_kind(rule, trial, z)
@@ -218,9 +242,10 @@ def is_of_its_kind(rule: Rule, trial: Trial, z: Tensor) -> None:
     mode = z.amax(-1, keepdim=True)
     if rule.kind in CUTS:
         require(same_bits(processed, masked), f"{where}: a {rule.kind} reshaped")
-    if rule.kind in ("truncation", "projection"):
+    ranked_kind = rule.monotone or rule.kind != "projection"
+    if rule.kind in ("truncation", "projection") and ranked_kind:
         require(torch.equal(highest, mode), f"{where}: the most probable token was dropped")
-    if rule.kind in ("truncation", "band", "projection"):
+    if rule.kind in ("truncation", "band", "projection") and ranked_kind:
         together = (z >= lowest) & (z <= highest) & z.isfinite()
         require(torch.equal(kept, together), f"{where}: kept tokens are not a stretch of the ranking with all ties")
     if rule.kind == "reshaping":
@@ -266,7 +291,7 @@ def takes_values_per_row(rule: Rule) -> None:
             together = Trial.of(rule(**columns), len(z), z.shape[1])
             batch = together(z)
             for i, row in enumerate(rows):
-                alone = replace(together, chain=Chain(rule(**row).steps, together.chain.weights)).row(i)
+                alone = replace(together, chain=replace(together.chain, steps=rule(**row).steps)).row(i)
                 require(
                     same_bits(batch[i : i + 1], alone(z[i : i + 1])),
                     f"{alone.chain} alone is not what it is as one row of a batch",
@@ -314,6 +339,11 @@ def a_temperature_changes_what_is_declared(rule: Rule) -> None:
     require(changed or rule.scale, "no temperature changes a kept set; declare scale=True?")
 
 
+def _renamed(trie: TokenTrie, new: Sequence[int]) -> Guide:
+    paths = [tuple(new[t] for t in trie.path(node)) for node in range(len(trie)) if trie.answer[node] >= 0]
+    return guide_of(paths, new[trie.ends[0]])
+
+
 def renaming_tokens_renames_the_answer(rule: Rule) -> None:
     """The order of the vocabulary means nothing, with the text and the embeddings renamed too; nor does it matter which tokens
     the columns are, as long as the rule is told."""
@@ -323,11 +353,13 @@ def renaming_tokens_renames_the_answer(rule: Rule) -> None:
         w, h = trial.chain.weights, trial.history
         renamed = History(order.argsort()[h.tokens], h.length, h.prompt, h.request)
         weights = None if w is None else Weights(w.embedding[order], w.head[order])
-        other = Trial(Chain(trial.chain.steps, weights), renamed)
+        new = order.argsort().tolist()
+        guide = trial.chain.guide and _renamed(trial.chain.guide.trie, new)
+        other = Trial(Chain(trial.chain.steps, weights, guide), renamed)
         law, again = trial(z).softmax(-1)[:, order], other(z[:, order]).softmax(-1)
         require(torch.equal(law > 0, again > 0), f"{trial.chain}: renaming tokens changes the kept set")
         require((law - again).abs().max() < 1e-9, f"{trial.chain}: renaming tokens changes the law")
-        context = Context(h, w, toss=1)
+        context = Context(h, w, trial.chain.guide, toss=1)
         state = trial.chain.init(len(z))
         states = {id(step): s for step, s in zip(trial.chain.steps, state, strict=True)}
         columns = z[:, order].double()

@@ -65,8 +65,11 @@ class ValidSet:
     @classmethod
     def from_regex(cls, pattern: str, source: str = "regex") -> ValidSet:
         """The strings that match ``pattern`` in full. Raises DecalError if it doesn't parse or matches infinitely many."""
-        import interegular
-        from interegular.fsm import anything_else
+        try:
+            import interegular
+            from interegular.fsm import anything_else
+        except ImportError:
+            raise DecalError("regular expressions need interegular: pip install interegular") from None
 
         try:
             automaton = interegular.parse_pattern(pattern).to_fsm().reduce()

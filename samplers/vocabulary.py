@@ -25,13 +25,13 @@ def token_bytes(tokenizer: Any) -> dict[int, bytes]:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise DecalError(f"the exact evaluation needs a fast tokenizer, got {type(tokenizer).__name__}")
+        raise DecalError(f"what tokens write needs a fast tokenizer, got {type(tokenizer).__name__}")
     layout = json.loads(backend.to_str())
     # What the tokenizer does decides, not what its tokens look like: SentencePiece vocabularies hold such characters too.
     coding = json.dumps([layout.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     byte_level = "ByteLevel" in coding
     if not byte_level and "\u2581" not in coding and "Metaspace" not in coding:
-        raise DecalError("the exact evaluation reads byte-level BPE and SentencePiece tokenizers, this is neither")
+        raise DecalError("decal reads byte-level BPE and SentencePiece tokenizers, this is neither")
     added = tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     alphabet = _byte_level_alphabet()

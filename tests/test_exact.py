@@ -17,6 +17,7 @@ import decal
 from decal import Affine
 from decal.eval import exact, forward, grid
 from decal.samplers.context import Weights
+from decal.samplers.guided import Guide
 from decal.samplers.trie import TokenTrie
 
 CHAINS: list[Steps] = [
@@ -450,7 +451,7 @@ def texts_of(rule: decal.Rule) -> list[str]:
 
 def replay(trie: TokenTrie, logits: Tensor, chain: decal.Chain, prompt: Sequence[int], weights: Weights | None) -> np.ndarray:
     """Probability of every answer, by one call of the chain for each prefix, from the root on."""
-    chain = decal.Chain(chain.steps, weights)
+    chain = decal.Chain(chain.steps, weights, Guide(trie))
     law: dict[int, np.ndarray] = {}
     state = {0: chain.init(1)}
     for node in range(len(trie)):

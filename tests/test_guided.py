@@ -1,0 +1,133 @@
+"""Decoding along valid answers: exactly uniform at strength 1, always valid, and the formula in between."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from scipy.stats import chisquare
+
+import decal
+from decal import DecalError, guided
+from decal.eval import exact
+from decal.samplers.guided import Guide
+from decal.samplers.valid_set import ValidSet
+
+ANSWERS = ["red", "green", "greenish", "blue", "light blue", "light green", "light red", "violet"]
+TOKENIZER = tiny.byte_level(ANSWERS, merges=14)
+
+
+def written(chain: decal.Chain, count: int, seed: int = 0) -> list[str]:
+    """Texts that a random model writes."""
+    model = tiny.llama(len(TOKENIZER), dtype=torch.float32)
+    model.generation_config.eos_token_id = TOKENIZER.eos_token_id
+    prompt = torch.tensor([TOKENIZER.encode("colour: ")]).expand(count, -1)
+    torch.manual_seed(seed)
+    out = model.generate(
+        prompt, max_new_tokens=30, attention_mask=torch.ones_like(prompt),
+        **chain.generate_kwargs(pad_token_id=TOKENIZER.pad_token_id),
+    )  # fmt: skip
+    return [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in out[:, prompt.shape[1] :]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("strength", [1.0, 0.6, 0.05])
+def test_every_answer_is_valid_and_at_strength_1_equally_probable(seed, strength):
+    rng = np.random.default_rng(seed)
+    trie = tiny.trie_of(tiny.random_answers(rng, range(2, 20), 4, 40), (0, 1))
+    logits = tiny.random_rows(rng, trie, 30, spread=4.0)
+    found = exact.evaluate(trie, tiny.blocks(logits), [guided(strength), decal.temperature(1.7) | guided(strength)])
+    np.testing.assert_allclose(found.validity, 1, rtol=0, atol=1e-12)
+    if strength == 1:
+        np.testing.assert_allclose(found.answers, 1 / 40, rtol=1e-12)
+        np.testing.assert_allclose(found.diversity, 1, rtol=1e-12)
+
+
+def test_the_formula():
+    """Against counting by hand, with one token that ends an answer and two that do."""
+    rng = np.random.default_rng(3)
+    answers = tiny.random_answers(rng, range(2, 9), 3, 25)
+    for ends in ((0,), (0, 1)):
+        guide = Guide(tiny.trie_of(answers, ends))
+        chain = guided(0.3).for_answers(guide)
+        prefixes = sorted({a[:n] for a in answers for n in range(len(a) + 1)})
+        z = torch.from_numpy(rng.normal(0, 3, (len(prefixes), 12)))
+        history = decal.History.of([[7, 3, *p] for p in prefixes], prompt=2)
+        got = chain(z, history=history).softmax(-1).numpy()
+        for row, prefix in enumerate(prefixes):
+            behind = np.array([sum(a[: len(prefix) + 1] == (*prefix, t) for a in answers) for t in range(12)], dtype=float)
+            if prefix in answers:
+                behind[list(ends)] = 1 / len(ends)
+            p = tiny.softmax(z[row].numpy())
+            wanted = np.where(behind > 0, p**0.7 * behind**0.3, 0)
+            np.testing.assert_allclose(got[row], wanted / wanted.sum(), atol=1e-12)
+
+
+def test_where_no_answer_is_left_the_row_is_left_alone():
+    chain = decal.top_k(1) | guided(1).for_answers(Guide(tiny.trie_of([(1,), (2, 3)], (0,))))
+    z = torch.tensor([[0.0, 1.0, 2.0, 9.0]] * 3)
+    history = decal.History.of([[5], [5, 2], [5, 3]], prompt=1)  # the cut spares no answer; spares one; the text is none
+    assert chain.mask(z, history=history).isfinite().tolist() == [[False, False, False, True]] * 3
+    free = guided(1).for_answers(chain.guide)
+    kept = free.mask(z, history=history).isfinite().tolist()
+    assert kept == [[False, True, True, False], [False, False, False, True], [True] * 4]
+
+
+def test_uniform_through_generate():
+    """50,000 texts; this fails for one seed in ten thousand where nothing is wrong."""
+    chain = guided(1).for_answers(ANSWERS, TOKENIZER)
+    texts = list(itertools.chain(*(written(chain, 5000, seed) for seed in range(10))))
+    counts = [texts.count(answer) for answer in ANSWERS]
+    assert sum(counts) == 50_000
+    assert chisquare(counts).pvalue > 1e-4
+
+
+def test_between_the_model_and_uniform():
+    """Validity stays 1, and the answers get more even."""
+    spread = []
+    for strength in (0.1, 0.5, 0.9):
+        texts = written(guided(strength).for_answers(ANSWERS, TOKENIZER), 2000)
+        counts = np.array([texts.count(answer) for answer in ANSWERS])
+        assert counts.sum() == 2000
+        spread.append(counts.std())
+    assert spread[0] > spread[1] > spread[2]
+    assert guided(0).steps[0].is_off
+
+
+def test_an_answer_that_ended_with_a_line_break_is_followed_by_the_end():
+    texts = written(guided(1).for_answers(["red", "green"], TOKENIZER, ends=["\n"], leading_space=True), 20)
+    assert set(texts) == {" red\n", " green\n"}
+
+
+def test_sets_of_any_kind_and_seeds():
+    chain = guided(1).for_answers(ValidSet.from_regex("[1-3][0-5]?"), TOKENIZER)
+    model = tiny.llama(len(TOKENIZER), dtype=torch.float32)
+    prompt = torch.tensor([TOKENIZER.encode("number: ")]).expand(40, -1)
+    wanted = chain.generate_kwargs(seeds=list(range(40)), pad_token_id=TOKENIZER.pad_token_id)
+    out = model.generate(prompt, max_new_tokens=6, attention_mask=torch.ones_like(prompt), **wanted)
+    texts = [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in out[:, prompt.shape[1] :]]
+    assert all(text in ValidSet.from_regex("[1-3][0-5]?") for text in texts)
+    assert len(set(texts)) > 10
+
+
+def test_what_goes_wrong_is_said():
+    with pytest.raises(DecalError, match="for_answers"):
+        guided(0.5)(torch.zeros(1, 4), history=decal.History.of([[1]]))
+    with pytest.raises(DecalError, match="for_answers"):
+        guided(0.5).generate_kwargs()
+    with pytest.raises(DecalError, match="list of texts"):
+        guided().for_answers("red", TOKENIZER)
+    with pytest.raises(DecalError, match="empty"):
+        guided().for_answers([], TOKENIZER)
+    with pytest.raises(DecalError, match="tokenizer"):
+        guided().for_answers(["red"])
+    one, other = (guided().for_answers(words, TOKENIZER) for words in (["red"], ["blue"]))
+    with pytest.raises(DecalError, match="different answers"):
+        one | other
+    again = pickle.loads(pickle.dumps(one))
+    assert again == one
+    assert again.guide.trie.size == 1
