@@ -35,7 +35,7 @@ from cases import CASES, Case, Implementation
 import decal
 
 HERE = Path(__file__).parent
-PARTS = ("ratios", "start", "decode", "page")
+PARTS = ("ratios", "alone", "start", "decode", "page")
 CHAIN = "temperature(1.3) | top_k(50) | top_p(0.9) | min_p(0.1)"
 NAMES = {
     "transformers": "transformers",
@@ -46,6 +46,8 @@ NAMES = {
 }
 DRAWN_AT = 131_072
 """Vocabulary of the figure."""
+ALONE = ("top_p(0.9)", "min_p(0.1)", CHAIN, f"{CHAIN} + draw")
+"""Cases that are also measured in loops of their own."""
 
 
 # ---- measuring
@@ -161,6 +163,26 @@ def progress(items: Any, label: str) -> Iterator[Any]:
     else:
         print(f"{time.strftime('%H:%M:%S')} {label}: {len(items)} cases", file=sys.stderr, flush=True)
         yield from items
+
+
+def measure_alone(options: Any) -> list[dict[str, Any]]:
+    """Seconds of calls on the same rows over and over, each library in a loop of its own."""
+    found = []
+    for kind in cases.KINDS:
+        rows = cases.rows(kind, DRAWN_AT)
+        for size in options.batches:
+            x = cases.batches(rows, size)[0]
+            for case in (case for case in CASES if case.name in ALONE):
+                both = {
+                    "decal": cases.ours(case, size, DRAWN_AT),
+                    "transformers": cases.peers(case, size, DRAWN_AT, {})["transformers"],
+                    **cases.limits(),
+                }
+                # A second call finds everything in place.
+                taken = {name: rounds({name: one}, [x], options.seconds, options.least + 1, 1000) for name, one in both.items()}
+                medians_us = {name: round(statistics.median(t[name][1:]) * 1e6, 1) for name, t in taken.items()}
+                found.append({"kind": kind, "batch": size, "case": case.name, "median_us": medians_us})
+    return found
 
 
 IMPORTS = """
@@ -471,7 +493,7 @@ def page(results: Mapping[str, Any]) -> str:
         drawn_at=f"{DRAWN_AT:,}",
         absolute=absolute_table(results),
     )
-    more = start_page(results.get("start")) + decode_page(results.get("decode"))
+    more = alone_page(results.get("alone")) + start_page(results.get("start")) + decode_page(results.get("decode"))
     absent = [*(f"- {name}: {why}" for name, why in results["missing"].items()), *sorted(left_out)]
     if absent:
         more += ["## Left out", "\n".join(absent)]
@@ -484,6 +506,23 @@ def control(results: Mapping[str, Any]) -> list[float]:
     for one in results["cells"].values():
         found.setdefault((one["vocabulary"], one["batch"]), []).append(one["median_us"]["softmax"])
     return [max(times) / min(times) for times in found.values() if len(times) >= 5]
+
+
+def alone_page(alone: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    if not alone:
+        return []
+    columns = list(dict.fromkeys((one["kind"], one["batch"]) for one in alone))
+    lines = []
+    for name in dict.fromkeys(one["case"] for one in alone):
+        times = {(one["kind"], one["batch"]): one["median_us"] for one in alone if one["case"] == name}
+        lines.append([f"{code(name)}, transformers", *(number(times[c]["transformers"] / times[c]["decal"]) for c in columns)])
+        lines.append([f"{code(name)}, time of decal", *(seconds(times[c]["decal"] * 1e-6) for c in columns)])
+    return [
+        "## In loops of their own",
+        f"The same rows over and over, V = {DRAWN_AT:,}, each library by itself, so that all is in the caches that fits: what is\n"
+        "often quoted, and better than in use. Ratios to transformers as above, by kind of rows and B.",
+        table(["case", *(f"{kind}, {size}" for kind, size in columns)], lines),
+    ]
 
 
 def start_page(start: Mapping[str, Any] | None) -> list[str]:
@@ -650,6 +689,10 @@ def main() -> None:
         }
         if "ratios" in options.part:
             measure_ratios(results, options, save)
+        if "alone" in options.part:
+            print("in loops of their own", file=sys.stderr, flush=True)
+            results["alone"] = measure_alone(options)
+            save()
         if "start" in options.part:
             print("imports and first calls", file=sys.stderr, flush=True)
             results["start"] = measure_start(options)
