@@ -206,6 +206,22 @@ def quantised_table(pairs: Sequence[tuple[Run, Run]]) -> str:
     return table(["model", "task", "AP", "recall at .8", "KL order", "KL tail", "KL shape", "best filter"], lines)
 
 
+def quantised_summary(pairs: Sequence[tuple[Run, Run]]) -> str:
+    both = [(before, after, t) for before, after in pairs for t in before.tasks if t in after.tasks]
+    worse = sum(after.order(t, "average_precision") < before.order(t, "average_precision") for before, after, t in both)
+    more = {
+        part: sum(b.tasks[t]["divergence"][part]["value"] < a.tasks[t]["divergence"][part]["value"] for b, a, t in both)
+        for part in ("order", "tail", "shape")
+    }
+    lower = sum(a.best(t) < b.best(t) for b, a, t in both)
+    parts = ", ".join(f"{part} in {count}" for part, count in more.items())
+    return (
+        f"Of {len(both)} cases average precision falls in {worse}, parts of the KL rise: {parts}; the best filter reaches less "
+        f"in {lower}. So quantisation makes order, tail and shape look worse than the models are, and the findings above are "
+        "about these quantised models."
+    )
+
+
 PAGE = (HERE / "paper.template.md").read_text()
 
 
@@ -218,7 +234,10 @@ def write(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run]], out: Path) -> N
     quantised = (
         "No unquantised model can be had here, so the effect is shown the other way round: the same models with weights "
         "quantised once more, to 4 bits by another scheme (blocks of 32, symmetric, round to nearest). What that does to one "
-        "should be of the size of what the first quantisation did.\n\n" + quantised_table(pairs)
+        "should be of the size of what the first quantisation did.\n\n"
+        + quantised_table(pairs)
+        + "\n\n"
+        + quantised_summary(pairs)
         if pairs
         else "Not measured."
     )
