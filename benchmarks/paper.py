@@ -80,11 +80,12 @@ def cutoffs_fall_short(runs: Sequence[Run]) -> dict[str, bool]:
 def worse_with_depth(runs: Sequence[Run]) -> dict[str, bool]:
     pairs = [(f"digits2{s}", f"digits3{s}") for s in ("", "_sum_le", "_sum_eq")]
     return {
-        f"{r.name} {deep} {name}": r.diversity(deep, family) <= r.diversity(shallow, family)
+        f"{r.name} {deep} {name}": r.diversity(deep, family) < r.diversity(shallow, family)
         for r in runs
         for shallow, deep in pairs
         if shallow in r.tasks and deep in r.tasks
         for name, family in FILTERS.items()
+        if r.diversity(shallow, family) or r.diversity(deep, family)  # 0 twice says nothing
     }
 
 

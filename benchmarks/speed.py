@@ -503,10 +503,10 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def control(results: Mapping[str, Any]) -> list[float]:
-    """For each size with five cases or more, how far apart the medians of the same softmax are that belong to them."""
-    found: dict[tuple[int, int], list[float]] = {}
+    """For each kind and size with five cases or more, how far apart the medians of the same softmax are that belong to them."""
+    found: dict[tuple[str, int, int], list[float]] = {}
     for one in results["cells"].values():
-        found.setdefault((one["vocabulary"], one["batch"]), []).append(one["median_us"]["softmax"])
+        found.setdefault((one["kind"], one["vocabulary"], one["batch"]), []).append(one["median_us"]["softmax"])
     return [max(times) / min(times) for times in found.values() if len(times) >= 5]
 
 

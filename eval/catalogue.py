@@ -41,6 +41,7 @@ GROUPS = {
     "history": "Rules that look back, or toss a coin",
     "embedding": "Rules that read the model's embeddings",
     "guided": "Rules that are told the valid answers",
+    "views": "Rules that read other prompts too",
 }
 """Headings for decal's own modules, in the order of the page."""
 
@@ -60,6 +61,7 @@ NEEDS = {
     "chance": "a coin of its own",
     "model": "the model's embeddings",
     "answers": "the valid answers",
+    "prompts": "other prompts",
 }
 LAYOUT = 1
 """Goes up when the way pictures are drawn changes, so that they count as stale."""
@@ -331,7 +333,7 @@ def shown(rule: Rule) -> Chain:
 
 
 def _drawable(rule: Rule, rows: Sequence[PlotRow]) -> bool:
-    if "answers" in rule.needs:  # there are none for a row on its own
+    if rule.needs & {"answers", "prompts"}:  # there are none for a row on its own
         return False
     return bool(rows) and ("model" not in rule.needs or all(str(shown(rule)) in row.kept for row in rows))
 

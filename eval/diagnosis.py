@@ -15,6 +15,7 @@ import numpy as np
 
 from decal.eval import order, shape
 from decal.eval.frontier import ORACLES, TaskResult, interval
+from decal.eval.grid import is_oracle
 from decal.eval.order import Level, Prefix
 from decal.eval.ranking import Estimate, held_out
 from decal.eval.theory import Compounding, compounding
@@ -271,7 +272,7 @@ def gaps(result: TaskResult, floor: float, given_valid: np.ndarray) -> Gaps:
 
     size, cut, mask = (reached(oracle) for oracle in ORACLES[:3])
     ceiling = max(size, cut, key=np.mean)
-    samplers = [f for f in result.families() if f not in ORACLES]
+    samplers = [f for f in result.families() if not is_oracle(f)]
     held, validity = _held(result, samplers, floor)
     return Gaps(
         floor=floor,

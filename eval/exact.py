@@ -24,6 +24,7 @@ from decal.samplers.errors import DecalError
 from decal.samplers.guided import Guide
 from decal.samplers.rule import Rule, Step
 from decal.samplers.trie import TokenTrie
+from decal.samplers.views import Views
 
 Rows = Iterable[tuple[Sequence[int], Tensor]]
 """Blocks of nodes with their next-token logits, (nodes, V)."""
@@ -223,15 +224,17 @@ class Situation:
     Attributes:
         prompt: token ids before the answers.
         weights: the model's embeddings.
+        views: logits behind other prompts.
     """
 
     prompt: Sequence[int] = ()
     weights: Weights | None = None
+    views: Views | None = None
 
     def context(self, trie: TokenTrie, nodes: Sequence[int]) -> Context:
         """Of a block of nodes."""
         texts = [[*self.prompt, *trie.path(node)] for node in nodes]
-        return Context(History.of(texts, prompt=len(self.prompt)), self.weights, Guide(trie))
+        return Context(History.of(texts, prompt=len(self.prompt)), self.weights, Guide(trie), self.views)
 
 
 def flows(

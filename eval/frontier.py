@@ -10,17 +10,18 @@ import numpy as np
 
 from decal.eval import oracle, results, rows
 from decal.eval.exact import Interest, Outcome, Rows, Situation, flows, group, join, outcome
-from decal.eval.grid import Setting
+from decal.eval.grid import ORACLE, Setting
 from decal.eval.models import LoadedModel
 from decal.eval.ranked import scale_after
 from decal.eval.task import Question
 from decal.samplers.chain import Chain
 from decal.samplers.context import Weights
+from decal.samplers.errors import DecalError
 from decal.samplers.trie import TokenTrie, TrieBuilder
 from decal.samplers.vocabulary import Vocabulary
 
 FLOORS = (0.5, 0.8, 0.9)
-ORACLES = ("oracle: size", "oracle: best cutoff", "oracle: validity mask", "oracle: completion counts")
+ORACLES = tuple(ORACLE + kind for kind in ("size", "best cutoff", "validity mask", "completion counts"))
 LEVEL = 0.95
 """Confidence level of every interval."""
 
@@ -156,6 +157,9 @@ class Evaluation:
         self.chains = [s.chain for s in settings]
         self.groups = group(self.chains)
         self.scales = _oracle_scales(self.chains)
+        for chain in self.chains:
+            if "prompts" in chain.needs:
+                raise DecalError(f"{chain} reads other prompts, which the evaluation of a grid has none of")
         self.weights = Weights.of(model.model) if any("model" in c.needs for c in self.chains) else None
         self.builder = TrieBuilder(self._encode, Vocabulary.of(model.tokenizer), end_tokens(model))
 

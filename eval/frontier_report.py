@@ -16,6 +16,7 @@ import numpy as np
 
 from decal.eval import oracle
 from decal.eval.frontier import FLOORS, ORACLES, TaskResult
+from decal.eval.grid import is_oracle
 from decal.eval.paths import write_files
 from decal.eval.ranking import Estimate, Place, Ranking, rank
 
@@ -73,11 +74,13 @@ class Run:
     def ordered(self, task: TaskResult) -> list[str]:
         """Families of a task, the best of the ranking first, oracles last."""
         ranked = [p.family for p in self.rankings[0].places]
-        return [f for f in (*ranked, *ORACLES) if f in task.families()]
+        families = task.families()
+        others = (f for f in families if is_oracle(f) and f not in ORACLES)
+        return [f for f in (*ranked, *ORACLES, *others) if f in families]
 
     def winner(self, task: TaskResult) -> str | None:
         """The family that is best on a task at the floor of the headlines; None if none reaches it."""
-        reached = [(b.diversity, f) for f in task.families() if f not in ORACLES and (b := task.best(f, self.floor))]
+        reached = [(b.diversity, f) for f in task.families() if not is_oracle(f) and (b := task.best(f, self.floor))]
         return max(reached, key=lambda pair: pair[0])[1] if reached else None
 
     def shown(self, task: TaskResult) -> set[str]:
@@ -169,7 +172,7 @@ def budgets(ranking: Ranking) -> str:
 
 def headline(task: TaskResult, floor: float) -> str:
     """What the frontier of a task says, in a sentence."""
-    samplers = [f for f in task.families() if f not in ORACLES]
+    samplers = [f for f in task.families() if not is_oracle(f)]
     reached = [(b.diversity, b.setting) for f in samplers if (b := task.best(f, floor))]
     if not reached:
         return f"No setting reaches validity {floor:g}."
@@ -373,7 +376,7 @@ def _interactive(run: Run, task: TaskResult) -> str:
     for family in sorted(run.ordered(task), key=lambda family: family not in shown):
         visible = True if family in shown else "legendonly"
         front, members = pareto(task, family), task.members(family)
-        knows = family in ORACLES
+        knows = is_oracle(family)
         dash, colour = ORACLE_STYLE.get(family, ("solid", run.colours.get(family, "#daa520")))
         single = family == ORACLES[3] or family == "greedy"
         figure.add_scatter(
@@ -441,7 +444,7 @@ def _page(run: Run) -> str:
                 {
                     "name": f,
                     "tried": len(t.members(f)),
-                    "oracle": f in ORACLES,
+                    "oracle": is_oracle(f),
                     "best": map_best(t, f, run.floors),
                 }
                 for f in run.ordered(t)

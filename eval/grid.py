@@ -47,6 +47,15 @@ FINE = tuple(float(f"{0.3 * 10 ** (i / (BUDGET - 1)):.4g}") for i in range(BUDGE
 NAMES = ("quick", "all", "paper")
 
 
+ORACLE = "oracle: "
+"""How the names of families begin that know the valid answers."""
+
+
+def is_oracle(family: str) -> bool:
+    """Whether a family knows the valid answers: it is shown, and neither ranked nor recommended."""
+    return family.startswith(ORACLE)
+
+
 @dataclass(frozen=True)
 class Setting:
     """A chain and the family of samplers it is counted under."""
@@ -93,7 +102,7 @@ def _every_rule(slow: bool) -> list[Setting]:
     settings: list[Setting] = []
     partner = find(PARTNER)
     for rule in RULES.values():
-        if rule.name == "temperature" or (rule.slow and not slow):
+        if rule.name == "temperature" or (rule.slow and not slow) or rule.needs & {"answers", "prompts"}:
             continue
         # A parameter without values worth comparing stays at its default.
         values = list(itertools.product(*(p.sweep or (p.default,) for p in rule.params.values())))
@@ -143,7 +152,8 @@ def _family_of(chain: Chain) -> Setting:
     if chain.per_row is not None:
         raise DecalError(f"a grid needs one value per parameter, got {chain}")
     names = [step.rule.name for step in chain.steps if step.rule.name != "temperature"]
-    return Setting(" | ".join(names) or "temperature", chain)
+    told = ORACLE if "answers" in chain.needs else ""
+    return Setting(told + (" | ".join(names) or "temperature"), chain)
 
 
 def _unique(settings: list[Setting]) -> list[Setting]:

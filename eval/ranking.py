@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from decal.eval.frontier import LEVEL, ORACLES, TaskResult
+from decal.eval.grid import is_oracle
 
 RESAMPLES = 2000
 SPLITS = 100
@@ -139,7 +140,7 @@ class Ranking:
         what = f"Intervals are {LEVEL * 100:g} % bootstrap intervals"
         units = len(self.prompts) if len(self.prompts) > 1 else self.prompts[0]
         # Measured on normal data (tests/test_ranking.py): the spread of so few is underestimated.
-        few = " From 6 they cover about 89 % only, from 3 about 75 %." if units < 20 else ""
+        few = " Of so few they cover less: of 6 about 85 to 90 %, of 3 about 74 to 82 %." if units < 20 else ""
         if len(self.prompts) > 1:
             over = "tasks are drawn with replacement" + (", then prompts within each" if several else "; each has one prompt")
             return f"{what}: {over}, the same draws for every sampler.{few}"
@@ -168,7 +169,7 @@ def rank(tasks: Sequence[TaskResult], floor: float, *, resamples: int = RESAMPLE
     if held:
         held_score, held_scores = _averages([s for s, _ in held], weights([prompts[i] for i in tested], resamples, rng))
 
-    samplers = [i for i, family in enumerate(families) if family not in ORACLES]
+    samplers = [i for i, family in enumerate(families) if not is_oracle(family)]
     rank_, ranks = _ranks(score[samplers]), _ranks(scores[:, samplers])
     wins = (ranks == 1) / (ranks == 1).sum(-1, keepdims=True)
     plain = families.index(PLAIN) if PLAIN in families else -1
@@ -189,7 +190,8 @@ def rank(tasks: Sequence[TaskResult], floor: float, *, resamples: int = RESAMPLE
         )
 
     places = [place(i, j) for j, i in enumerate(samplers)]
-    everywhere = [f for f in ORACLES if f in families and all(len(of[families.index(f)]) for of in members)]
+    known = [*ORACLES, *(f for f in families if is_oracle(f) and f not in ORACLES)]
+    everywhere = [f for f in known if f in families and all(len(of[families.index(f)]) for of in members)]
     bounds = [task.bound(floor) for task in tasks if task.bounds is not None]
     return Ranking(
         floor=floor,
@@ -208,7 +210,7 @@ def advise(tasks: Sequence[TaskResult], floor: float) -> Advice | None:
     for task in tasks:
         good = (task.mean_validity >= floor - 1e-9) & np.isfinite(task.mean_diversity)
         for number in np.flatnonzero(good):
-            if task.family[number] not in ORACLES:
+            if not is_oracle(task.family[number]):
                 scores.setdefault(task.setting[number], []).append(float(task.mean_diversity[number]))
     if not scores:
         return None

@@ -6,3 +6,4 @@ from decal.samplers import history as history
 from decal.samplers import reshaping as reshaping
 from decal.samplers import simplex as simplex
 from decal.samplers import truncation as truncation
+from decal.samplers import views as views

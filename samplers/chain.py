@@ -32,10 +32,18 @@ if TYPE_CHECKING:
     from decal.samplers.guided import Guide
     from decal.samplers.processor import ChainProcessor
     from decal.samplers.valid_set import ValidSet
+    from decal.samplers.views import Views
 
-SURVIVES_CUT = frozenset({"max", "k-th largest", "history", "state", "chance", "model", "answers"})
+SURVIVES_CUT = frozenset({"max", "k-th largest", "history", "state", "chance", "model", "answers", "prompts"})
 """What a truncation leaves unchanged, as far as a later truncation is concerned: the largest logit, a threshold at the k-th
 largest (where fewer than k tokens are left, the earlier cut is the stricter one), and all that isn't in the logits."""
+
+AROUND = {
+    "weights": "different models; use for_model",
+    "guide": "different answers; use for_answers",
+    "views": "different prompts; use for_prompts",
+}
+"""What a chain may carry besides its steps."""
 
 State = tuple[Mapping[str, Tensor] | None, ...]
 """What the steps of a chain remember: for each step with a memory its (B, 1) tensors by name."""
@@ -118,6 +126,7 @@ class Chain:
     steps: tuple[Step, ...]
     weights: Weights | None = None
     guide: Guide | None = None
+    views: Views | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -132,18 +141,20 @@ class Chain:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Nothing that was worked out for this process.
-        return Chain, (self.steps, self.weights, self.guide)
+        return Chain, (self.steps, self.weights, self.guide, self.views)
 
     def __or__(self, other: Chain | Rule) -> Chain:
         if isinstance(other, Rule):
             other = other()
         if not isinstance(other, Chain):
             return NotImplemented
-        if self.weights and other.weights and self.weights is not other.weights:
-            raise DecalError(f"{self} and {other} are for different models; use for_model once, on the whole chain")
-        if self.guide and other.guide and self.guide is not other.guide:
-            raise DecalError(f"{self} and {other} are for different answers; use for_answers once, on the whole chain")
-        return Chain(self.steps + other.steps, self.weights or other.weights, self.guide or other.guide)
+        around = []
+        for name, twice in AROUND.items():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None and theirs is not None and mine is not theirs:
+                raise DecalError(f"{self} and {other} are for {twice} once, on the whole chain")
+            around.append(theirs if mine is None else mine)
+        return Chain(self.steps + other.steps, *around)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.steps))
@@ -164,7 +175,7 @@ class Chain:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it reads besides the logits: of ``history``, ``chance``, ``state``, ``model`` and ``answers``."""
+        """What it reads besides the logits: of ``history``, ``chance``, ``state``, ``model``, ``answers`` and ``prompts``."""
         return frozenset().union(*(step.rule.needs for step in self.steps if not step.is_off))
 
     def for_model(self, model: Any) -> Chain:
@@ -185,6 +196,10 @@ class Chain:
         if not isinstance(answers, Guide):
             answers = Guide.of(answers, tokenizer, ends=ends, leading_space=leading_space)
         return replace(self, guide=answers)
+
+    def for_prompts(self, views: Views) -> Chain:
+        """The chain, with other prompts that `ensemble` and `contrast` read: `Prompts`, or anything that gives their logits."""
+        return replace(self, views=views)
 
     def mask(self, logits: Tensor, *, history: History | None = None, state: State | None = None, check: bool = True) -> Tensor:
         """The logits with dropped tokens at -inf and kept ones untouched.
@@ -393,7 +408,7 @@ class Chain:
 
     def _run(self, logits: Tensor, history: History | None, state: State | None, compiling: bool = True) -> tuple[Tensor, Seen]:
         """The chain in wide floats, -inf where dropped, pass by pass; ``compiling`` where that can be."""
-        context = Context(history, self.weights, self.guide)
+        context = Context(history, self.weights, self.guide, self.views)
         number = {id(step): i for i, step in enumerate(self.steps)}
         z_BV, seen = reference.clean(logits), {}
         # A row with nothing finite is none of the rules' business.

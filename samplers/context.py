@@ -16,6 +16,7 @@ from decal.samplers.errors import DecalError
 
 if TYPE_CHECKING:
     from decal.samplers.guided import Guide
+    from decal.samplers.views import Views
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +152,7 @@ class Context:
         history: the tokens so far.
         weights: the model's embeddings.
         guide: the valid answers.
+        views: logits behind other prompts.
         coin: forces every random choice, for computing with both outcomes.
         toss: which random choice of the chain it is.
     """
@@ -158,6 +160,7 @@ class Context:
     history: History | None = None
     weights: Weights | None = None
     guide: Guide | None = None
+    views: Views | None = None
     coin: bool | None = None
     toss: int = 0
 
@@ -166,6 +169,7 @@ class Context:
         """The smallest context that has everything, for two tokens."""
         from decal.samplers.guided import Guide
         from decal.samplers.trie import TokenTrie
+        from decal.samplers.views import NoViews
 
         two = torch.eye(2, dtype=torch.float64)
-        return cls(History.of([[0]]), Weights(two, two), Guide(TokenTrie(1)))
+        return cls(History.of([[0]]), Weights(two, two), Guide(TokenTrie(1)), NoViews())

@@ -27,7 +27,7 @@ class Guide:
 
     Attributes:
         trie: the answers, one token sequence each.
-        stop: tokens to write when an answer has ended with another token, such as a line break.
+        stop: tokens to write when an answer has ended with another token, such as a line break, or has no end.
     """
 
     trie: TokenTrie
@@ -48,7 +48,8 @@ class Guide:
         Args:
             answers: a list of texts, or a `ValidSet` such as ``ValidSet.from_regex("[1-9][0-9]?")``.
             tokenizer: a fast tokenizer of transformers, byte-level or SentencePiece.
-            ends: what may stand behind an answer: texts with which a token begins, and ``<eos>``, the tokenizer's end token.
+            ends: what may stand behind an answer: texts with which a token begins, and ``<eos>``, the tokenizer's end token;
+                nothing, if no answer begins with another.
             leading_space: whether a space stands before the answer.
 
         Raises:
@@ -61,6 +62,8 @@ class Guide:
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         builder = TrieBuilder(lambda text: tokenizer.encode(text, add_special_tokens=False), vocabulary, eos)
         trie, _ = builder.build(valid, Policy(leading_space=leading_space, ends=tuple(ends)))
+        if not (trie.ends or eos):
+            raise DecalError("answers without an end need a tokenizer with an end token, which is written behind them")
         return cls(trie, eos)
 
     def completions(self, history: History, vocabulary: int) -> Tensor:
@@ -87,7 +90,10 @@ class Guide:
             behind = {token: float(self.trie.count[child]) for token, child in self.trie.children[node].items()}
             ends = self.trie.ends if self.trie.answer[node] >= 0 else ()
             behind |= dict.fromkeys(ends, 1 / max(len(ends), 1))
-            self._choices[node] = torch.tensor(list(behind)), torch.tensor(list(behind.values()), dtype=torch.float64)
+            if self.trie.answer[node] >= 0 and not self.trie.ends and not behind:  # the answer counts as it stands
+                behind = dict.fromkeys(self.stop, 1.0)
+            counts = torch.tensor(list(behind.values()), dtype=torch.float64)
+            self._choices[node] = torch.tensor(list(behind), dtype=torch.long), counts
         return self._choices[node]
 
 
@@ -104,8 +110,8 @@ def guided(row: Row, strength: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep
 
     Maps log p_i to (1 - strength) log p_i + strength ln N_i where N_i > 0, the number of valid answers that begin with the
     tokens so far and i (Definition 3.2); other tokens are dropped. Every answer is valid at any strength above 0; at 1 all
-    valid ones are equally probable, exactly and whatever the model. Where no valid answer begins with the tokens so far, or
-    earlier steps dropped all that do, the row is left alone: let it be the first step that drops.
+    valid ones are equally probable, exactly and whatever the model; at 0 the rule is off. Where no valid answer begins with the
+    tokens so far, or earlier steps dropped all that do, the row is left alone: let it be the first step that drops.
 
     Elsewhere: masks of grammars (llguidance, xgrammar, outlines) keep the same tokens and leave their probabilities as they
     are, which says nothing of how many answers lie behind them.

@@ -77,6 +77,8 @@ class ChainProcessor(LogitsProcessor):
             raise DecalError(f"the chain {chain} reads the model's embeddings: use chain.for_model(model)")
         if "answers" in chain.needs and chain.guide is None:
             raise DecalError(f"the chain {chain} follows known answers: use chain.for_answers(answers, tokenizer)")
+        if "prompts" in chain.needs and chain.views is None:
+            raise DecalError(f"the chain {chain} reads other prompts: use chain.for_prompts(decal.Prompts(...))")
         self.seeds = None if seeds is None else _numbers("seeds", seeds)
         self.requests = self.seeds if requests is None else _numbers("requests", requests)
         if self.seeds is not None and self.requests is not None and len(self.seeds) != len(self.requests):
@@ -277,8 +279,9 @@ def _column(numbers: list[int], like: Tensor) -> Tensor:
 
 
 def _repeat(chain: Chain, times: int) -> Chain:
-    return Chain(
-        tuple(
+    return replace(
+        chain,
+        steps=tuple(
             replace(
                 step,
                 values={
@@ -287,6 +290,4 @@ def _repeat(chain: Chain, times: int) -> Chain:
             )
             for step in chain.steps
         ),
-        chain.weights,
-        chain.guide,
     )

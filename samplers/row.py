@@ -17,6 +17,7 @@ from decal.samplers.errors import DecalError
 
 if TYPE_CHECKING:
     from decal.samplers.guided import Guide
+    from decal.samplers.views import Views
 
 
 class Band(NamedTuple):
@@ -148,6 +149,10 @@ class Row(Protocol):
         """The valid answers."""
 
     @property
+    def views(self) -> Views:
+        """Logits behind other prompts."""
+
+    @property
     def tokens(self) -> Tensor | None:
         """(B, W) which tokens the columns are, or None if column i is token i."""
 
@@ -230,6 +235,13 @@ class BaseRow:
         if self._context.guide is None:
             raise DecalError("this chain follows known answers: use chain.for_answers(answers, tokenizer)")
         return self._context.guide
+
+    @property
+    def views(self) -> Views:
+        self.reads.add("prompts")
+        if self._context.views is None:
+            raise DecalError("this chain reads other prompts: use chain.for_prompts(decal.Prompts(model, tokenizer, ...))")
+        return self._context.views
 
     def chance(self, probability: Tensor, seed: Tensor) -> Tensor:
         self.reads.add("chance")

@@ -243,7 +243,7 @@ class Rule:
         side: where the rule is meant to stand: ``before`` or ``after`` temperature, or ``either``.
         moved: ``moved(t, **values)`` are the values that keep before ``temperature(t)`` what ``values`` keep after it.
         needs: what it reads besides the logits: ``history`` (tokens so far), ``state`` (see `Feedback`), ``chance`` (a coin a
-            step), ``model`` (its embeddings), ``answers`` (the valid ones).
+            step), ``model`` (its embeddings), ``answers`` (the valid ones), ``prompts`` (other ones).
         feedback: its memory, if it has one.
         slow: why it is left out of default comparisons, if it is.
         wants_cut: whether it was made to stand behind a cut.
@@ -339,8 +339,8 @@ class Rule:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it reads besides the logits: of ``history``, ``chance``, ``state``, ``model`` and ``answers``."""
-        return self.reads & {"history", "chance", "state", "model", "answers"}
+        """What it reads besides the logits: of ``history``, ``chance``, ``state``, ``model``, ``answers`` and ``prompts``."""
+        return self.reads & {"history", "chance", "state", "model", "answers", "prompts"}
 
     @property
     def kind(self) -> str:

@@ -128,7 +128,8 @@ class Trial:
         weights = Weights(vectors[0], vectors[1]) if "model" in chain.needs else None
         answers = some_answers(text[:, 4:].tolist(), vocabulary) if "answers" in chain.needs else []
         guide = guide_of(answers, max(vocabulary - 1, 1)) if answers else None
-        return cls(Chain(chain.steps, weights, guide), History.of(text, prompt=4))
+        views = SomeViews.of(vocabulary, g) if "prompts" in chain.needs else None
+        return cls(Chain(chain.steps, weights, guide, views), History.of(text, prompt=4))
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.chain(z, history=self.history, state=self.chain.init(len(z)))
@@ -139,6 +140,21 @@ class Trial:
     def row(self, i: int) -> Trial:
         """The same for one of the rows."""
         return replace(self, history=self.history.rows(torch.tensor([i])))
+
+
+@dataclass(frozen=True, eq=False)
+class SomeViews:
+    """Logits of two other prompts, which depend on the last token: ``table`` is (tokens, 2, V)."""
+
+    table: Tensor
+
+    @classmethod
+    def of(cls, vocabulary: int, g: torch.Generator) -> SomeViews:
+        tokens = vocabulary if vocabulary < 64 else 6  # no others occur in the texts
+        return cls(torch.randn(tokens, 2, vocabulary, generator=g, dtype=torch.float64) * 3)
+
+    def logits(self, kind: str, history: History) -> Tensor:
+        return self.table[history.tokens[:, -1]]
 
 
 def guide_of(answers: Sequence[tuple[int, ...]], end: int) -> Guide:
@@ -355,11 +371,12 @@ def renaming_tokens_renames_the_answer(rule: Rule) -> None:
         weights = None if w is None else Weights(w.embedding[order], w.head[order])
         new = order.argsort().tolist()
         guide = trial.chain.guide and _renamed(trial.chain.guide.trie, new)
-        other = Trial(Chain(trial.chain.steps, weights, guide), renamed)
+        views = trial.chain.views and SomeViews(trial.chain.views.logits("", History.of(order[:, None]))[..., order])
+        other = Trial(Chain(trial.chain.steps, weights, guide, views), renamed)
         law, again = trial(z).softmax(-1)[:, order], other(z[:, order]).softmax(-1)
         require(torch.equal(law > 0, again > 0), f"{trial.chain}: renaming tokens changes the kept set")
         require((law - again).abs().max() < 1e-9, f"{trial.chain}: renaming tokens changes the law")
-        context = Context(h, w, trial.chain.guide, toss=1)
+        context = Context(h, w, trial.chain.guide, trial.chain.views, toss=1)
         state = trial.chain.init(len(z))
         states = {id(step): s for step, s in zip(trial.chain.steps, state, strict=True)}
         columns = z[:, order].double()

@@ -18,6 +18,7 @@ from decal import Affine
 from decal.eval import exact, forward, grid
 from decal.samplers.context import Weights
 from decal.samplers.guided import Guide
+from decal.samplers.testing import SomeViews
 from decal.samplers.trie import TokenTrie
 
 CHAINS: list[Steps] = [
@@ -449,9 +450,12 @@ def texts_of(rule: decal.Rule) -> list[str]:
     return [*own, *(text.format(one) for text in around for one in own[:2])]
 
 
+VIEWS = SomeViews.of(40, torch.Generator().manual_seed(9))
+
+
 def replay(trie: TokenTrie, logits: Tensor, chain: decal.Chain, prompt: Sequence[int], weights: Weights | None) -> np.ndarray:
     """Probability of every answer, by one call of the chain for each prefix, from the root on."""
-    chain = decal.Chain(chain.steps, weights, Guide(trie))
+    chain = decal.Chain(chain.steps, weights, Guide(trie), VIEWS)
     law: dict[int, np.ndarray] = {}
     state = {0: chain.init(1)}
     for node in range(len(trie)):
@@ -493,7 +497,7 @@ def test_every_rule_gives_what_calls_of_the_chain_give(
     trie, logits, prompt, weights = problem
     chains = [decal.parse(text) for text in texts_of(decal.RULES[name])]
     rows = tiny.blocks(logits, 9)
-    result = exact.evaluate(trie, rows, chains, exact.Situation(prompt, weights))
+    result = exact.evaluate(trie, rows, chains, exact.Situation(prompt, weights, VIEWS))
     for number, chain in enumerate(chains):
         expected = replay(trie, logits, chain, prompt, weights if "model" in chain.needs else None)
         np.testing.assert_allclose(result.answers[number], expected, rtol=0, atol=1e-9, err_msg=str(chain))

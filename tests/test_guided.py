@@ -13,8 +13,9 @@ from scipy.stats import chisquare
 
 import decal
 from decal import DecalError, guided
-from decal.eval import exact
+from decal.eval import exact, grid
 from decal.samplers.guided import Guide
+from decal.samplers.trie import Policy
 from decal.samplers.valid_set import ValidSet
 
 ANSWERS = ["red", "green", "greenish", "blue", "light blue", "light green", "light red", "violet"]
@@ -131,3 +132,29 @@ def test_what_goes_wrong_is_said():
     again = pickle.loads(pickle.dumps(one))
     assert again == one
     assert again.guide.trie.size == 1
+
+
+def test_answers_without_an_end_are_followed_by_the_end_of_the_text():
+    texts = written(guided(1).for_answers(["red", "blue"], TOKENIZER, ends=()), 50)
+    assert set(texts) == {"red", "blue"}
+
+
+def test_spellings_of_all_kinds_are_no_reason_to_fail():
+    """Grown spellings have nodes behind which nothing is counted."""
+    trie, grow = tiny.compile_trie(TOKENIZER, ["red", "green"], Policy(tokenisation="all", threshold=1e-9))
+    history = []
+    for node in range(len(trie)):
+        grow(trie, node, np.full(len(TOKENIZER), 0.5))
+        history.append(trie.path(node))
+    assert len(trie) > trie.count[0] + 4
+    chain = guided(0.5).for_answers(Guide(trie))
+    z = torch.zeros(len(trie), len(TOKENIZER))
+    every = [[1, *trie.path(node)] for node in range(len(trie))]
+    assert chain(z, history=decal.History.of(every, prompt=1)).isfinite().any(-1).all()
+
+
+def test_who_knows_the_answers_is_no_contender(tmp_path):
+    (tmp_path / "grid").write_text("temperature({0.7, 1.0})\nmin_p(0.1) | guided({0.5, 1.0})\n")
+    families = [s.family for s in grid.load(str(tmp_path / "grid"))]
+    assert families[-2:] == ["oracle: min_p | guided"] * 2
+    assert not any("guided" in s.family or "ensemble" in s.family for s in grid.load("all"))

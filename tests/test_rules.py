@@ -131,7 +131,8 @@ DOUBT = {"top_w": 0.2, "basis_aware": 0.1}  # two sets can be as good, and the s
 
 
 def test_every_rule_has_a_formula_here() -> None:
-    assert set(CASES) == set(FORMULAS) == set(decal.RULES)
+    told = {"guided", "ensemble", "contrast"}  # whose formulas need more than a row: tests/test_guided.py, tests/test_views.py
+    assert set(CASES) == set(FORMULAS) == set(decal.RULES) - told
 
 
 class Scene(NamedTuple):

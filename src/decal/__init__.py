@@ -36,6 +36,8 @@ from decal.samplers.rule import Rule as Rule
 from decal.samplers.rule import Tokens as Tokens
 from decal.samplers.rule import load_plugins as _load_plugins
 from decal.samplers.rule import rule as rule
+from decal.samplers.valid_set import ValidSet as ValidSet
+from decal.samplers.views import Prompts as Prompts
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,212 @@
+"""The same request put in other ways, read beside it: what several prompts agree on is more likely to be valid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from decal.samplers.errors import DecalError
+from decal.samplers.row import Map, Row
+from decal.samplers.rule import Choice, Param, rule
+
+if TYPE_CHECKING:
+    from decal.samplers.context import History
+
+Text = tuple[int, ...]
+KINDS = ("others", "blank")
+"""Prompts that ask for the same, and prompts that ask for nothing in particular."""
+
+
+class Views(Protocol):
+    """Next-token logits behind other prompts."""
+
+    def logits(self, kind: str, history: History) -> Tensor:
+        """(B, K, V) where the generated tokens of each row stand behind each of its K other prompts of that kind.
+
+        Raises:
+            DecalError: there are none.
+        """
+
+
+class NoViews:
+    """One other prompt that says nothing, for declaring rules."""
+
+    def logits(self, kind: str, history: History) -> Tensor:
+        """See `Views`."""
+        return torch.zeros(len(history), 1, 2)
+
+
+class Prompts:
+    """Other prompts for each prompt, which the model itself reads as it generates.
+
+    What it costs: a row for every other prompt, with keys and values of its own; all of a step are read in one pass.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        others: for each prompt the ways to ask for the same, the same number for all: ``{prompt: [other, ...]}``.
+        blank: prompts that ask for nothing in particular, for all requests.
+
+    Raises:
+        DecalError: numbers of other prompts differ, or a prompt has no tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        others: Mapping[str, Sequence[str]] | None = None,
+        blank: Sequence[str] = (),
+    ):
+        counts = {len(ways) for ways in (others or {}).values()}
+        if len(counts) > 1:
+            raise DecalError(f"every prompt needs the same number of other ways to ask, got {sorted(counts)}")
+        if isinstance(blank, str) or any(isinstance(ways, str) for ways in (others or {}).values()):
+            raise DecalError("other prompts are lists of texts")
+
+        def ids(text: str) -> Text:
+            tokens = tuple(tokenizer(text)["input_ids"])
+            if not tokens:
+                raise DecalError(f"a prompt needs at least one token, got {text!r}")
+            return tokens
+
+        self.others = {ids(prompt): [ids(way) for way in ways] for prompt, ways in (others or {}).items()}
+        self.blank = [ids(text) for text in blank]
+        self._readers = {kind: Reader(model) for kind in KINDS}
+
+    def logits(self, kind: str, history: History) -> Tensor:
+        """See `Views`."""
+        texts = []
+        for prompt, generated in split(history):
+            ways = self.blank if kind == "blank" else self.others.get(prompt)
+            if not ways:
+                raise DecalError(
+                    "this chain reads prompts that ask for nothing in particular, and has none: Prompts(..., blank=[...])"
+                    if kind == "blank"
+                    else "this chain reads other ways to ask, and knows none for a prompt of this batch: Prompts(..., others="
+                    "{prompt: [...]}), with the prompt as generate gets it; batches need pad_token_id"
+                )
+            texts += [(*way, *generated) for way in ways]
+        found = self._readers[kind](texts)
+        return found.reshape(len(history), len(texts) // len(history), -1)
+
+
+def split(history: History) -> list[tuple[Text, Text]]:
+    """Prompt and generated tokens of each row, without padding."""
+    found = []
+    for tokens, length, prompt in zip(
+        history.tokens.tolist(), history.length[:, 0].tolist(), history.prompt[:, 0].tolist(), strict=True
+    ):
+        real = tuple(tokens[len(tokens) - int(length) :])
+        found.append((real[: int(prompt)], real[int(prompt) :]))
+    return found
+
+
+class Reader:
+    """Next-token logits of texts that grow token by token, with a cache of keys and values that follows them.
+
+    Texts may come in another order than before, some more than once and some no more, as in beam search; texts that are no
+    continuations by one token are read anew.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._texts: dict[Text, int] = {}
+        self._cache: Any = None
+        self._mask = torch.empty(0)
+        self._last = torch.empty(0)
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[Text]) -> Tensor:
+        """(n, V) float32."""
+        place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        if place != self._texts:  # several steps of a chain may ask for the same
+            follows = [self._texts.get(text[:-1]) for text in place]
+            grown = [number for number in follows if number is not None]
+            read = self._go_on(list(place), grown) if len(grown) == len(place) else self._begin(list(place))
+            self._last, self._texts = read.float(), place
+        return self._last[[place[text] for text in texts]]
+
+    def _begin(self, texts: Sequence[Text]) -> Tensor:
+        from transformers import DynamicCache
+
+        width = max(map(len, texts))
+        device = self.model.device
+        ids = torch.tensor([[0] * (width - len(text)) + list(text) for text in texts], device=device)
+        self._mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts], device=device)
+        self._cache = DynamicCache()
+        places = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        return self._read(ids, places)
+
+    def _go_on(self, texts: Sequence[Text], follows: Sequence[int]) -> Tensor:
+        if list(follows) != list(range(len(self._mask))):
+            index = torch.tensor(follows, device=self._mask.device)
+            self._cache.batch_select_indices(index)
+            self._mask = self._mask[index]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(texts), 1)], 1)
+        ids = torch.tensor([[text[-1]] for text in texts], device=self._mask.device)
+        return self._read(ids, self._mask.sum(-1, keepdim=True) - 1)
+
+    def _read(self, ids: Tensor, places: Tensor) -> Tensor:
+        out = self.model(
+            input_ids=ids, attention_mask=self._mask, position_ids=places, past_key_values=self._cache, use_cache=True
+        )
+        last: Tensor = out.logits[:, -1]
+        return last
+
+
+@rule(paper="arXiv:1911.12543", slow="it reads other prompts")
+def ensemble(
+    row: Row,
+    weight: Tensor = Param(0.67, low=0, high=1, off=0.0, sweep=(0.2, 0.4, 0.5, 0.67, 0.8, 1.0)),
+    form: str = Choice("mean", "least"),
+) -> Map:
+    """Replace log-probabilities by their mean with those behind other ways to ask for the same.
+
+    Maps log p_i to (1 - weight) log p_i + weight m_i, m_i the mean of log p_i over the other prompts; in the form ``least`` the
+    least of them, so that a token has to be likely whatever the wording. Jiang et al. 2020, where weights are fitted.
+
+    Elsewhere: contrastive and ensemble decoding scripts; no serving stack.
+    """
+    row.history  # noqa: B018 (asked for at once, so that a missing one shows early)
+    views = row.views
+
+    def together(z: Tensor) -> Tensor:
+        # Where the columns are some of the tokens, each prompt still normalises over all of its own.
+        def told(history: History, vocabulary: int) -> Tensor:
+            logp = views.logits("others", history).double().log_softmax(-1)
+            return (logp.amin(1) if form == "least" else logp.mean(1))[:, :vocabulary]
+
+        other = row.per_token(told).to(z)
+        return torch.where(z.isfinite(), (1 - weight) * (z - row.logz) + weight * other.clamp(min=LOWEST), -torch.inf)
+
+    return Map(together, monotone=False)
+
+
+@rule(paper="arXiv:2104.08315", slow="it reads other prompts")
+def contrast(row: Row, strength: Tensor = Param(0.5, low=0, high=2, off=0.0, sweep=(0.1, 0.2, 0.3, 0.5, 0.75, 1.0))) -> Map:
+    """Lower the tokens that are likely whatever is asked.
+
+    Maps log p_i to log p_i - strength b_i, b_i the mean of log p_i behind prompts that ask for nothing in particular; at
+    strength 1 pointwise mutual information. Cut first: rare tokens gain most. Holtzman et al. 2021.
+
+    Elsewhere: `guidance_scale` of transformers and vLLM's negative prompts do the same with one prompt, g log p - (g - 1) b.
+    """
+    row.history  # noqa: B018
+    views = row.views
+
+    def against(z: Tensor) -> Tensor:
+        def told(history: History, vocabulary: int) -> Tensor:
+            return views.logits("blank", history).double().log_softmax(-1).mean(1)[:, :vocabulary]
+
+        blank = row.per_token(told).to(z)
+        return torch.where(z.isfinite(), z - strength * blank.clamp(min=LOWEST), -torch.inf)
+
+    return Map(against, monotone=False)
+
+
+LOWEST = -50.0
+"""Log-probabilities below this count as this: a token that one prompt rules out is unlikely, not lost."""

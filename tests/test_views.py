@@ -1,0 +1,127 @@
+"""Prompts read beside the one at hand: the formulas, the reader against plain forward passes, and generate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import decal
+from decal import DecalError, Prompts, contrast, ensemble, temperature
+from decal.samplers.views import Reader
+
+TOKENIZER = tiny.byte_level(["red green blue", "Random colour:", "Any colour at all:", "Answer:"], merges=20)
+PROMPTS = {
+    "Random colour:": ["Any colour at all:", "Colour:"],
+    "A number from 1 to 20, please:": ["Number:", "Some number between 1 and 20 chosen by chance:"],
+}
+
+
+def model() -> torch.nn.Module:
+    made = tiny.llama(len(TOKENIZER), dtype=torch.float32)
+    made.generation_config.eos_token_id = None
+    return made
+
+
+def behind(made: torch.nn.Module, text: list[int]) -> np.ndarray:
+    """Log-probabilities of the next token, by a plain forward pass."""
+    z = made(torch.tensor([text])).logits[0, -1].double().numpy()
+    return z - z.max() - np.log(np.exp(z - z.max()).sum())
+
+
+def test_the_reader_reads_what_plain_passes_read():
+    """Texts that grow, are shuffled, doubled, dropped, and begun anew."""
+    made, rng = model(), np.random.default_rng(0)
+    reader = Reader(made)
+    texts = [tuple(rng.integers(0, len(TOKENIZER), n).tolist()) for n in (3, 9, 1, 5)]
+    for step in range(9):
+        got = reader(texts)
+        for text, row in zip(texts, got, strict=True):
+            wanted = made(torch.tensor([text])).logits[0, -1]
+            torch.testing.assert_close(row, wanted, rtol=0, atol=2e-4)
+        kept = rng.integers(0, len(texts), 4)
+        texts = [(*texts[i], int(rng.integers(0, len(TOKENIZER)))) for i in kept]
+        if step == 5:
+            texts[0] = (1, 2, 3)
+
+
+def test_the_reader_reads_once_what_is_asked_twice():
+    made = model()
+    calls = []
+    made.register_forward_hook(lambda *_: calls.append(1))
+    reader = Reader(made)
+    for _ in range(3):
+        reader([(1, 2), (3,)])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("form", ["mean", "least"])
+def test_formulas_in_generate(form):
+    """Scores of every step of a batch padded on the left, against forward passes of each prompt by itself."""
+    made = model()
+    views = Prompts(made, TOKENIZER, PROMPTS, blank=["Answer:"])
+    chain = (ensemble(0.4, form=form) | contrast(0.3) | temperature(1.2)).for_prompts(views)
+    inputs = TOKENIZER(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
+    torch.manual_seed(1)
+    out = made.generate(
+        **inputs, max_new_tokens=5, return_dict_in_generate=True, output_scores=True,
+        **chain.generate_kwargs(pad_token_id=TOKENIZER.pad_token_id),
+    )  # fmt: skip
+    width = inputs["input_ids"].shape[1]
+    for row, (prompt, ways) in enumerate(PROMPTS.items()):
+        for step, scores in enumerate(out.scores):
+            generated = out.sequences[row, width : width + step].tolist()
+            own, *others, blank = (behind(made, TOKENIZER.encode(text) + generated) for text in (prompt, *ways, "Answer:"))
+            other = np.mean(others, 0) if form == "mean" else np.min(others, 0)
+            wanted = (0.6 * own + 0.4 * other - 0.3 * blank) / 1.2
+            got = scores[row].double().numpy()
+            np.testing.assert_allclose(got - got.max(), wanted - wanted.max(), atol=5e-4)
+
+
+def test_beams_and_seeds():
+    made = model()
+    views = Prompts(made, TOKENIZER, PROMPTS)
+    chain = ensemble(0.5).for_prompts(views)
+    inputs = TOKENIZER(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
+    pad = TOKENIZER.pad_token_id
+    found = made.generate(**inputs, max_new_tokens=6, **chain.generate_kwargs(num_beams=3, do_sample=False, pad_token_id=pad))
+    assert found.shape == (2, inputs["input_ids"].shape[1] + 6)
+    together = made.generate(**inputs, max_new_tokens=6, **chain.generate_kwargs(seeds=[3, 4], pad_token_id=pad))
+    for row, prompt in enumerate(PROMPTS):
+        alone = made.generate(
+            **TOKENIZER(prompt, return_tensors="pt"),
+            max_new_tokens=6,
+            **chain.generate_kwargs(seeds=[3 + row], pad_token_id=pad),
+        )
+        assert together[row, -6:].tolist() == alone[0, -6:].tolist()
+
+
+def test_a_token_that_one_prompt_rules_out_is_unlikely_and_not_lost():
+    class Views:
+        def logits(self, kind, history):
+            return torch.tensor([[[0.0, 0.0, -torch.inf]]])
+
+    history = decal.History.of([[1]])
+    for chain in (ensemble(0.5), contrast(0.5)):
+        assert chain.for_prompts(Views())(torch.zeros(1, 3), history=history).isfinite().all()
+
+
+def test_what_goes_wrong_is_said():
+    made = model()
+    with pytest.raises(DecalError, match="for_prompts"):
+        ensemble().generate_kwargs()
+    with pytest.raises(DecalError, match="same number"):
+        Prompts(made, TOKENIZER, {"a": ["b"], "c": ["d", "e"]})
+    with pytest.raises(DecalError, match="lists of texts"):
+        Prompts(made, TOKENIZER, {"a": "b"})
+    with pytest.raises(DecalError, match="at least one token"):
+        Prompts(made, TOKENIZER, {"a": [""]})
+    views = Prompts(made, TOKENIZER, {"a": ["b"]})
+    with pytest.raises(DecalError, match="none for a prompt"):
+        ensemble().for_prompts(views)(torch.zeros(1, len(TOKENIZER)), history=decal.History.of([[5, 6]], prompt=2))
+    with pytest.raises(DecalError, match="nothing in particular"):
+        contrast().for_prompts(views)(torch.zeros(1, len(TOKENIZER)), history=decal.History.of([[5, 6]], prompt=2))
+    others = [ensemble().for_prompts(Prompts(made, TOKENIZER, {"a": ["b"]})) for _ in range(2)]
+    with pytest.raises(DecalError, match="different prompts; use for_prompts once"):
+        others[0] | others[1]
