@@ -194,8 +194,8 @@ def diagnose(out: Path, swept: int | None, **asked: Any) -> None:
 def report(runs: tuple[Path, ...], floor: float, out: Path) -> None:
     """Compare models: base with instruct, small with large.
 
-    RUNS are folders that decal diagnose has written, the one to compare with first. Prints a table and writes comparison.json,
-    comparison.png and comparison.html.
+    RUNS are folders that decal diagnose has written, of the same grid, seed and form, the one to compare with first. Prints a
+    table and writes comparison.json, comparison.png and comparison.html.
     """
     from decal.eval import comparison
 

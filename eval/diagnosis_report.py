@@ -404,7 +404,7 @@ def _ribbon_data(ribbon: Ribbon) -> dict[str, Any]:
     return data
 
 
-def _gap_cells(found: Gaps) -> dict[str, str]:
+def _gap_cells(found: Gaps) -> dict[str, Any]:
     family, diversity = found.reached
     reached = diversity > 0
     return {
@@ -419,6 +419,7 @@ def _gap_cells(found: Gaps) -> dict[str, str]:
         "reached": f"{diversity:.2f}" if reached else "not reached",
         "held": "" if found.held_validity is None or found.held_best is None else _cell(found.held_best),
         "held_validity": "" if found.held_validity is None else f"{found.held_validity:.2f}",
+        "missed": found.held_validity is not None and found.held_validity < found.floor,
         "cutoff": _cell(found.cutoff[family], "+.2f") if reached else "",
     }
 

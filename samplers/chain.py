@@ -190,15 +190,28 @@ class Chain:
         ends: Sequence[str] = ("<eos>",),
         leading_space: bool = False,
     ) -> Chain:
-        """The chain, with the valid answers that `guided` follows; arguments as in `Guide.of`, or a `Guide`."""
+        """The chain, with the valid answers that `guided` follows.
+
+        Args:
+            answers: a list of texts, or a `ValidSet` such as ``decal.ValidSet.from_regex("[1-9][0-9]?")``.
+            tokenizer: the model's.
+            ends, leading_space: what stands behind and before an answer; see `decal.samplers.guided.Guide.of`.
+
+        Raises:
+            DecalError: no step follows answers; or as in `Guide.of`.
+        """
         from decal.samplers.guided import Guide
 
+        if "answers" not in self.needs:
+            raise DecalError(f"no step of {self} follows answers; put guided(...) first")
         if not isinstance(answers, Guide):
             answers = Guide.of(answers, tokenizer, ends=ends, leading_space=leading_space)
         return replace(self, guide=answers)
 
     def for_prompts(self, views: Views) -> Chain:
         """The chain, with other prompts that `ensemble` and `contrast` read: `Prompts`, or anything that gives their logits."""
+        if "prompts" not in self.needs:
+            raise DecalError(f"no step of {self} reads other prompts; ensemble and contrast do")
         return replace(self, views=views)
 
     def mask(self, logits: Tensor, *, history: History | None = None, state: State | None = None, check: bool = True) -> Tensor:
@@ -457,6 +470,10 @@ class Chain:
         sizes = {len(v) for one in state or () for v in (one or {}).values()}
         if sizes - {len(logits)}:
             raise DecalError(f"the state is of {min(sizes)} rows, the logits have {len(logits)}")
+        if self.guide is not None and self.guide.largest >= logits.shape[1]:
+            raise DecalError(
+                f"the answers have the token {self.guide.largest}, the logits {logits.shape[1]} tokens: another tokenizer's?"
+            )
         if self.weights is not None and len(self.weights.head) != logits.shape[1]:
             raise DecalError(f"the model has {len(self.weights.head)} output embeddings, the logits {logits.shape[1]} tokens")
 
@@ -509,7 +526,8 @@ class Chain:
         print("\n".join(lines), file=file or sys.stdout)
 
     def to_json(self) -> str:
-        """JSON form; `from_json` reads it back. Per-row parameters are lists, infinity is the string "inf"."""
+        """JSON form; `from_json` reads it back. Per-row parameters are lists, infinity is the string "inf". What
+        `for_model` and its like gave the chain is not in it."""
         steps = [{"rule": s.rule.name, **{name: _plain(value) for name, value in s.values.items()}} for s in self.steps]
         return json.dumps({"chain": steps}, allow_nan=False)
 
@@ -563,7 +581,8 @@ class Chain:
                 logits themselves owe to the batch (models round differently for other batch sizes). Say ``pad_token_id`` where
                 the batch is padded. Scores that ``generate`` returns are 0 for the token drawn and -inf for others;
                 ``output_logits=True`` has the model's. Can't go with beams.
-            kwargs: added as they are (``max_new_tokens=20``).
+            kwargs: added as they are (``max_new_tokens=20``). A chain that follows answers adds the tokenizer's end token, and
+                refuses ``max_new_tokens`` that the longest answer exceeds.
 
         Raises:
             DecalError: a keyword would reshape the distribution beside the chain, or doesn't go with ``direct``; or the chain
@@ -642,6 +661,9 @@ def notes(chain: Chain) -> list[str]:
         side = step.rule.side
         if step.rule.wants_cut and all(s.is_off or s.rule.kind == "reshaping" for s in chain.steps[:number]):
             found.append(f"warning: {step.rule.name} was made to stand behind a cut; here it lifts the whole vocabulary")
+        cuts = [s for s in chain.steps[:number] if not s.is_off and s.rule.kind != "reshaping"]
+        if "answers" in step.rule.needs and cuts:
+            found.append(f"warning: {cuts[0]} may drop every valid token before {step.rule.name} sees the row; put that first")
         if side == "before" and before:
             found.append(f"warning: {step.rule.name} was made to stand before temperature; here it comes after {before[-1]}")
         if side == "after" and after:

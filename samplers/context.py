@@ -84,6 +84,12 @@ class History:
         """The rows ``index``."""
         return History(self.tokens[index], self.length[index], self.prompt[index], self.request[index])
 
+    def split(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Prompt and generated tokens of each row, without padding."""
+        sizes = zip(self.tokens.tolist(), self.length[:, 0].tolist(), self.prompt[:, 0].tolist(), strict=True)
+        real = ((tuple(tokens[len(tokens) - int(length) :]), int(prompt)) for tokens, length, prompt in sizes)
+        return [(text[:prompt], text[prompt:]) for text, prompt in real]
+
     @cached_property
     def real(self) -> Tensor:
         """(B, L) which places hold a real token."""

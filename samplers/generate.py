@@ -12,6 +12,7 @@ from transformers.generation import StopStringCriteria
 
 from decal.samplers.chain import Chain, Seen, State
 from decal.samplers.errors import DecalError
+from decal.samplers.guided import Guide
 from decal.samplers.processor import ChainProcessor, leading, padding
 
 NEUTRAL: dict[str, Any] = {
@@ -56,9 +57,19 @@ def generate_kwargs(
     neutral = {name: value for name, value in NEUTRAL.items() if hasattr(known, name)}
     # A beam's score adds up log-probabilities, which a chain's output is only up to a constant of its row.
     normalised = {"renormalize_logits": True} if beams > 1 else {}
+    if chain.guide is not None and "answers" in chain.needs:
+        kwargs = _following(chain.guide, kwargs)
     if direct:
         kwargs = _direct(kwargs)
     return {"do_sample": True, **neutral, **normalised, **kwargs, "logits_processor": processors}
+
+
+def _following(guide: Guide, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``generate`` with which answers are written to their end, and nothing behind them."""
+    given = kwargs.get("max_new_tokens")
+    if given is not None and given < guide.longest:
+        raise DecalError(f"generate_kwargs: the longest answer takes {guide.longest} tokens, got max_new_tokens={given}")
+    return ({"eos_token_id": list(guide.stop)} if guide.stop else {}) | kwargs
 
 
 def _direct(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from decal.kernels.reference import wide
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Map, Row
 from decal.samplers.rule import Param, rule
-from decal.samplers.trie import Policy, TokenTrie, TrieBuilder
+from decal.samplers.trie import MOST_ANSWERS, Policy, TokenTrie, TrieBuilder
 from decal.samplers.valid_set import ValidSet
 from decal.samplers.vocabulary import Vocabulary
 
@@ -49,15 +50,23 @@ class Guide:
             answers: a list of texts, or a `ValidSet` such as ``ValidSet.from_regex("[1-9][0-9]?")``.
             tokenizer: a fast tokenizer of transformers, byte-level or SentencePiece.
             ends: what may stand behind an answer: texts with which a token begins, and ``<eos>``, the tokenizer's end token;
-                nothing, if no answer begins with another.
+                nothing, if no answer begins with another. All tokens that begin so share the probability of ending, also those
+                that go on, such as a line break with spaces behind it.
             leading_space: whether a space stands before the answer.
 
         Raises:
-            DecalError: the set is empty or too large to list, an answer can't be written, or ends can't tell answers apart.
+            DecalError: no tokenizer; the set is empty or too large to list; an answer can't be written; or ends can't tell
+                answers apart.
         """
         if isinstance(answers, str):
-            raise DecalError(f"answers are a list of texts or a ValidSet, got the text {answers!r}")
+            raise DecalError(f"answers are a list of texts or a ValidSet, such as ValidSet.from_regex(...), got {answers!r}")
+        if isinstance(ends, str):
+            raise DecalError(f"ends are a list of texts, such as [{ends!r}], got {ends!r}")
+        if tokenizer is None:
+            raise DecalError("to follow answers takes the model's tokenizer: for_answers(answers, tokenizer)")
         valid = answers if isinstance(answers, ValidSet) else ValidSet.from_list(list(answers))
+        if valid.size > MOST_ANSWERS:
+            raise DecalError(f"{valid.size} answers can't be followed one by one, at most {MOST_ANSWERS} can")
         vocabulary = Vocabulary.of(tokenizer)
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         builder = TrieBuilder(lambda text: tokenizer.encode(text, add_special_tokens=False), vocabulary, eos)
@@ -66,14 +75,30 @@ class Guide:
             raise DecalError("answers without an end need a tokenizer with an end token, which is written behind them")
         return cls(trie, eos)
 
+    @cached_property
+    def largest(self) -> int:
+        """The largest token id there is."""
+        return max(*self.trie.token, *self.trie.ends, *self.stop)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest answer, with its end and what stops the text."""
+        stops = not self.trie.ends or bool(set(self.trie.ends) - set(self.stop))
+        return max(self.trie.depth) + bool(self.trie.ends) + (stops and bool(self.stop))
+
+    def choices(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
+        """Every next token of every row that some answer continues with: rows (M,), tokens (M,), answers behind (M,)."""
+        found = [self._after(text) for _, text in history.split()]
+        rows = torch.tensor([row for row, (tokens, _) in enumerate(found) for _ in range(len(tokens))], dtype=torch.long)
+        return rows, torch.cat([tokens for tokens, _ in found]), torch.cat([behind for _, behind in found])
+
     def completions(self, history: History, vocabulary: int) -> Tensor:
         """(B, V) how many answers lie behind each next token; the end of an answer is one, shared between the tokens that end
         it. All 0 where the generated text is no beginning of an answer."""
         counts = torch.zeros(len(history), vocabulary, dtype=wide(history.tokens.device))
-        for row, text in enumerate(_generated(history)):
-            tokens, behind = self._after(text)
-            known = tokens < vocabulary
-            counts[row, tokens[known]] = behind[known].to(counts)
+        rows, tokens, behind = self.choices(history)
+        known = tokens < vocabulary
+        counts[rows[known], tokens[known]] = behind[known].to(counts)
         return counts.to(history.tokens.device)
 
     def _after(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -82,8 +107,8 @@ class Guide:
         for place, token in enumerate(text):
             child = self.trie.children[node].get(token)
             if child is None:
-                ended = self.trie.answer[node] >= 0 and token in self.trie.ends and place == len(text) - 1
-                stop = self.stop if ended else ()
+                ended = self.trie.answer[node] >= 0 and token in (self.trie.ends or self.stop)
+                stop = self.stop if ended and all(t in self.stop for t in text[place + 1 :]) else ()
                 return torch.tensor(stop, dtype=torch.long), torch.ones(len(stop), dtype=torch.float64)
             node = child
         if node not in self._choices:
@@ -97,14 +122,7 @@ class Guide:
         return self._choices[node]
 
 
-def _generated(history: History) -> list[list[int]]:
-    """What was written behind each prompt."""
-    many = (history.length - history.prompt).clamp(min=0)[:, 0].tolist()
-    width = history.tokens.shape[1]
-    return [row[width - int(n) :] for row, n in zip(history.tokens.tolist(), many, strict=True)]
-
-
-@rule(slow="it is told the valid answers", paper="arXiv:2605.11128")
+@rule(slow="no rival of other samplers, as it is told the valid answers", paper="arXiv:2605.11128")
 def guided(row: Row, strength: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep=(0.1, 0.25, 0.5, 0.75, 0.9, 1.0))) -> Map:
     """Keep the tokens that lead to a valid answer, and share the mass between them the more by how many answers they lead to.
 
@@ -116,14 +134,22 @@ def guided(row: Row, strength: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep
     Elsewhere: masks of grammars (llguidance, xgrammar, outlines) keep the same tokens and leave their probabilities as they
     are, which says nothing of how many answers lie behind them.
     """
-    row.history  # noqa: B018 (asked for at once, so that a missing one shows early)
-    guide = row.guide
+    history, guide = row.history, row.guide
 
     def towards_uniform(z: Tensor) -> Tensor:
-        behind = row.per_token(guide.completions).to(z)
         # 0 times -inf is no number: at strength 1 the model has no say.
-        own = torch.where(strength < 1, (1 - strength) * (z - row.logz), 0.0)
-        given = torch.where((behind > 0) & z.isfinite(), own + strength * behind.log(), -torch.inf)
+        def weighed(own: Tensor, behind: Tensor, s: Tensor) -> Tensor:
+            share = torch.where(s < 1, (1 - s) * own, 0.0) + s * behind.log()
+            return torch.where(own.isfinite() & (behind > 0), share, -torch.inf)
+
+        if row.tokens is None and len(history) == len(z):
+            # A few tokens of each row matter.
+            rows, tokens, behind = (t.to(z.device) for t in guide.choices(history))
+            given = torch.full_like(z, -torch.inf)
+            own = z[rows, tokens] - row.max[rows, 0]
+            given[rows, tokens] = weighed(own, behind.to(z), strength.expand(len(z), 1)[rows, 0])
+        else:
+            given = weighed(z - row.max, row.per_token(guide.completions).to(z), strength)
         lost = ~given.isfinite().any(-1, keepdim=True)
         return torch.where(lost, z, given)
 

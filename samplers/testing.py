@@ -127,7 +127,7 @@ class Trial:
         vectors = torch.randn(2, vocabulary, 5, generator=g, dtype=torch.float64)
         weights = Weights(vectors[0], vectors[1]) if "model" in chain.needs else None
         answers = some_answers(text[:, 4:].tolist(), vocabulary) if "answers" in chain.needs else []
-        guide = guide_of(answers, max(vocabulary - 1, 1)) if answers else None
+        guide = guide_of(answers, [vocabulary - 1] if vocabulary > 1 else []) if answers else None
         views = SomeViews.of(vocabulary, g) if "prompts" in chain.needs else None
         return cls(Chain(chain.steps, weights, guide, views), History.of(text, prompt=4))
 
@@ -157,9 +157,9 @@ class SomeViews:
         return self.table[history.tokens[:, -1]]
 
 
-def guide_of(answers: Sequence[tuple[int, ...]], end: int) -> Guide:
-    """Answers given as tokens, which the token ``end`` ends."""
-    trie = TokenTrie(len(answers), (end,))
+def guide_of(answers: Sequence[tuple[int, ...]], ends: Sequence[int]) -> Guide:
+    """Answers given as tokens, which the tokens ``ends`` end."""
+    trie = TokenTrie(len(answers), tuple(ends))
     for number, tokens in enumerate(answers):
         trie.insert(tokens, number)
     return Guide(trie)
@@ -168,7 +168,7 @@ def guide_of(answers: Sequence[tuple[int, ...]], end: int) -> Guide:
 def some_answers(texts: Sequence[Sequence[int]], vocabulary: int) -> list[tuple[int, ...]]:
     """Answers that begin with these texts, of several all but the first, and go on or end in several ways."""
     found = (
-        (*text, token, *range(further))
+        (*text, token, *(t % max(vocabulary - 1, 1) for t in range(further)))
         for number, text in enumerate(texts[1:] or texts)
         for further in range(number % 3 + 1)
         for token in range(0, max(vocabulary - 1, 1), further + 2)
@@ -357,7 +357,7 @@ def a_temperature_changes_what_is_declared(rule: Rule) -> None:
 
 def _renamed(trie: TokenTrie, new: Sequence[int]) -> Guide:
     paths = [tuple(new[t] for t in trie.path(node)) for node in range(len(trie)) if trie.answer[node] >= 0]
-    return guide_of(paths, new[trie.ends[0]])
+    return guide_of(paths, [new[token] for token in trie.ends])
 
 
 def renaming_tokens_renames_the_answer(rule: Rule) -> None:

@@ -80,7 +80,7 @@ class Prompts:
     def logits(self, kind: str, history: History) -> Tensor:
         """See `Views`."""
         texts = []
-        for prompt, generated in split(history):
+        for prompt, generated in history.split():
             ways = self.blank if kind == "blank" else self.others.get(prompt)
             if not ways:
                 raise DecalError(
@@ -92,17 +92,6 @@ class Prompts:
             texts += [(*way, *generated) for way in ways]
         found = self._readers[kind](texts)
         return found.reshape(len(history), len(texts) // len(history), -1)
-
-
-def split(history: History) -> list[tuple[Text, Text]]:
-    """Prompt and generated tokens of each row, without padding."""
-    found = []
-    for tokens, length, prompt in zip(
-        history.tokens.tolist(), history.length[:, 0].tolist(), history.prompt[:, 0].tolist(), strict=True
-    ):
-        real = tuple(tokens[len(tokens) - int(length) :])
-        found.append((real[: int(prompt)], real[int(prompt) :]))
-    return found
 
 
 class Reader:
@@ -181,7 +170,7 @@ def ensemble(
             return (logp.amin(1) if form == "least" else logp.mean(1))[:, :vocabulary]
 
         other = row.per_token(told).to(z)
-        return torch.where(z.isfinite(), (1 - weight) * (z - row.logz) + weight * other.clamp(min=LOWEST), -torch.inf)
+        return torch.where(z.isfinite(), (1 - weight) * (z - row.max) + weight * other.clamp(min=LOWEST), -torch.inf)
 
     return Map(together, monotone=False)
 

@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 import decal
 from decal import DecalError, guided
 from decal.eval import exact, grid
+from decal.samplers.chain import notes
 from decal.samplers.guided import Guide
 from decal.samplers.trie import Policy
 from decal.samplers.valid_set import ValidSet
@@ -70,6 +71,7 @@ def test_the_formula():
 
 def test_where_no_answer_is_left_the_row_is_left_alone():
     chain = decal.top_k(1) | guided(1).for_answers(Guide(tiny.trie_of([(1,), (2, 3)], (0,))))
+    assert "put that first" in "".join(notes(chain))
     z = torch.tensor([[0.0, 1.0, 2.0, 9.0]] * 3)
     history = decal.History.of([[5], [5, 2], [5, 3]], prompt=1)  # the cut spares no answer; spares one; the text is none
     assert chain.mask(z, history=history).isfinite().tolist() == [[False, False, False, True]] * 3
@@ -129,6 +131,14 @@ def test_what_goes_wrong_is_said():
     one, other = (guided().for_answers(words, TOKENIZER) for words in (["red"], ["blue"]))
     with pytest.raises(DecalError, match="different answers"):
         one | other
+    with pytest.raises(DecalError, match="ends are a list"):
+        guided().for_answers(["red"], TOKENIZER, ends="<eos>")
+    with pytest.raises(DecalError, match="put guided"):
+        decal.min_p(0.1).for_answers(["red"], TOKENIZER)
+    with pytest.raises(DecalError, match="another tokenizer"):
+        one(torch.zeros(1, 20), history=decal.History.of([[1]]))
+    with pytest.raises(DecalError, match="the longest answer takes"):
+        one.generate_kwargs(max_new_tokens=1)
     again = pickle.loads(pickle.dumps(one))
     assert again == one
     assert again.guide.trie.size == 1
@@ -158,3 +168,23 @@ def test_who_knows_the_answers_is_no_contender(tmp_path):
     families = [s.family for s in grid.load(str(tmp_path / "grid"))]
     assert families[-2:] == ["oracle: min_p | guided"] * 2
     assert not any("guided" in s.family or "ensemble" in s.family for s in grid.load("all"))
+
+
+def test_nothing_is_written_behind_the_end_when_the_model_has_another():
+    model = tiny.llama(len(TOKENIZER), dtype=torch.float32)
+    model.generation_config.eos_token_id = 7
+    prompt = torch.tensor([TOKENIZER.encode("colour: ")]).expand(30, -1)
+    chain = guided(1).for_answers(ANSWERS, TOKENIZER)
+    for kwargs in (chain.generate_kwargs(max_new_tokens=25), chain.generate_kwargs(eos_token_id=7, max_new_tokens=25)):
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **kwargs)
+        texts = [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in out[:, prompt.shape[1] :]]
+        assert set(texts) <= set(ANSWERS)
+        assert len(set(texts)) > 4
+
+
+def test_the_longest_answer_has_room():
+    for answers, ends in ((ANSWERS, ["<eos>"]), (["red", "green"], ["\n"]), (["red", "blue"], [])):
+        chain = guided(1).for_answers(answers, TOKENIZER, ends=ends)
+        longest = max(len(TOKENIZER.encode(a)) for a in answers)
+        assert chain.guide.longest == longest + 1 + (ends == ["\n"])
+        assert chain.generate_kwargs(max_new_tokens=chain.guide.longest)["eos_token_id"] == [TOKENIZER.eos_token_id]
