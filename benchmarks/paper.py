@@ -1,10 +1,10 @@
 """docs/paper.md: the experiments of arXiv 2605.11128 on models that run here, and whether they come out the same.
 
     decal diagnose --model NAME --grid paper --draws 3 --task ... --out runs/NAME     # for every model and the tasks below
-    python benchmarks/paper.py runs/smollm2 runs/gemma3-270m [--quantised runs/A runs/B]
+    python benchmarks/paper.py runs/smollm2 runs/gemma3-270m [--wide runs/W ...] [--quantised runs/A runs/B]
 
-Reads what `decal diagnose` wrote, compares, and writes docs/paper.md and its pictures. ``--quantised`` takes pairs of a run and
-the same with weights quantised once more, see ``--requantise``.
+Reads what `decal diagnose` wrote, compares, and writes docs/paper.md and its pictures. ``--wide`` takes runs on many tasks,
+``--quantised`` pairs of a run and the same with weights quantised once more, see ``--requantise``.
 """
 
 from __future__ import annotations
@@ -187,6 +187,35 @@ def compounding_table(run: Run) -> str:
     return table(["task", "every valid token kept", "nine tenths kept", "as many as are valid"], lines)
 
 
+def wide_section(runs: Sequence[Run]) -> str:
+    if not runs:
+        return "Not measured."
+    limits = {r.name: [task["headline"].split()[0] for task in r.tasks.values()] for r in runs}
+    limited = "; ".join(
+        f"{name}: order limits {found.count('Order')}, shape {found.count('Shape')}, neither {found.count('Neither')}"
+        for name, found in limits.items()
+    )
+    reached = "; ".join(f"{r.name}: {sum(r.best(t) > 0 for t in r.tasks)} of {len(r.tasks)}" for r in runs)
+    said = [
+        f"- No family of cutoffs recovers what the mask reaches: {verdicts(cutoffs_fall_short(runs))}.",
+        f"- {order_and_gap(runs)}.",
+        f"- What limits at validity ≥ {FLOOR:g}, by the headlines: {limited}.",
+        f"- Tasks on which some filter is that valid at all: {reached}.",
+    ]
+    return "\n".join(said) + "\n\n" + sections(runs, wide_table)
+
+
+def wide_table(run: Run) -> str:
+    lines = []
+    for t, task in run.tasks.items():
+        gaps = run.gaps(t)
+        parts = [number(task["divergence"][part]["value"]) for part in ("order", "tail", "shape")]
+        reached = [number(run.best(t)), number(gaps["size"]), number(gaps["cut"]), number(gaps["mask"])]
+        lines.append([t, task["answers"], f"{run.order(t, 'average_precision'):.3f}", *parts, *reached])
+    head = ["task", "valid answers", "AP", "KL order", "tail", "shape", "best filter", "size oracle", "best cutoffs", "mask"]
+    return table(head, lines)
+
+
 def headline_list(run: Run) -> str:
     return "\n".join(f"- *{t}*: {task['headline']}" for t, task in run.tasks.items())
 
@@ -226,7 +255,7 @@ def quantised_summary(pairs: Sequence[tuple[Run, Run]]) -> str:
 PAGE = (HERE / "paper.template.md").read_text()
 
 
-def write(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run]], out: Path) -> None:
+def write(runs: Sequence[Run], wide: Sequence[Run], pairs: Sequence[tuple[Run, Run]], out: Path) -> None:
     from decal.eval import comparison
 
     names = " and ".join(r.name for r in runs)
@@ -259,6 +288,7 @@ def write(runs: Sequence[Run], pairs: Sequence[tuple[Run, Run]], out: Path) -> N
         compounding=sections(runs, compounding_table),
         shape=sections(runs, shape_table),
         headlines=sections(runs, headline_list),
+        wide=wide_section(wide),
         tasks=len(compared.tasks) if compared else 0,
         comparison=compared_table(compared) if compared else "One model only.",
         quantised=quantised,
@@ -300,6 +330,7 @@ def requantise(name: str, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--wide", nargs="+", type=Path, default=[], help="runs on many tasks")
     parser.add_argument("--quantised", nargs="+", type=Path, default=[], help="a run, the same requantised, and so on")
     parser.add_argument("--requantise", nargs=2, metavar=("NAME", "FOLDER"), help="make such a model, for decal diagnose")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs")
@@ -309,7 +340,7 @@ def main() -> None:
         return
     pairs = list(zip(options.quantised[::2], options.quantised[1::2], strict=True))
     runs = [Run(folder) for folder in options.runs]
-    write(runs, [(Run(a), Run(b)) for a, b in pairs], options.out)
+    write(runs, [Run(folder) for folder in options.wide], [(Run(a), Run(b)) for a, b in pairs], options.out)
     if len(runs) > 1:
         from decal.eval import comparison
 

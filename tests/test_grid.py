@@ -42,7 +42,7 @@ def families(slow: bool) -> set[str]:
     return {
         name if rule.kind in ("truncation", "band", "projection") else f"min_p | {name}"
         for name, rule in decal.RULES.items()
-        if name != "temperature" and (slow or not rule.slow)
+        if name != "temperature" and (slow or not rule.slow) and not rule.needs & {"answers", "prompts"}
     }
 
 
