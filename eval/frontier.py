@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from decal.samplers.chain import Chain
 from decal.samplers.context import Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.trie import TokenTrie, TrieBuilder
+from decal.samplers.views import Views
 from decal.samplers.vocabulary import Vocabulary
 
 FLOORS = (0.5, 0.8, 0.9)
@@ -157,11 +159,13 @@ class Evaluation:
         self.chains = [s.chain for s in settings]
         self.groups = group(self.chains)
         self.scales = _oracle_scales(self.chains)
-        for chain in self.chains:
-            if "prompts" in chain.needs:
-                raise DecalError(f"{chain} reads other prompts, which the evaluation of a grid has none of")
         self.weights = Weights.of(model.model) if any("model" in c.needs for c in self.chains) else None
         self.builder = TrieBuilder(self._encode, Vocabulary.of(model.tokenizer), end_tokens(model))
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether some setting reads other prompts."""
+        return any("prompts" in chain.needs for chain in self.chains)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -171,6 +175,10 @@ class Evaluation:
         """Raise DecalError if a task doesn't fit the model, before anything is computed."""
         self.builder.build(question.valid, question.policy)
         next(iter(question.prompts(self.model.tokenizer, self.seed)))
+        if self.reads_prompts:
+            question.other_prompts(0, self.model.tokenizer, self.seed)
+            if not question.policy.one_path_each:
+                raise DecalError(f"{question.task.name}: other prompts need tokenisation canonical and case exact")
 
     def run(self, question: Question, visit: Visit = lambda prompt, trie, rows: None) -> TaskResult:
         """Evaluate every setting and oracle on a task.
@@ -186,17 +194,14 @@ class Evaluation:
         for number, (text, prompt) in enumerate(prompts, 1):
             what = f"{question.task.name} {number}/{len(prompts)}"
             trie, grow = self.builder.build(question.valid, question.policy)
-            trie, stored = rows.load_or_compute(
-                self.model.model,
-                self.model.fingerprint,
-                prompt,
-                trie,
-                question.policy,
-                grow,
-                cache=self.cache,
-                tick=self._ticker(f"{what}: reading prefixes", len(trie)),
-            )
-            found.append(self._results(question, prompt, trie, stored, self._ticker(f"{what}: settings", len(trie))))
+            trie, stored = self._read(question, prompt, trie, grow, f"{what}: reading prefixes")
+            others: dict[str, list[Rows]] = {}
+            if self.reads_prompts:
+                told = question.other_prompts(number - 1, self.model.tokenizer, self.seed)
+                said = f"{what}: reading other prompts"
+                others = {kind: [self._read(question, one, trie, None, said)[1] for one in told[kind]] for kind in told}
+            tick = self._ticker(f"{what}: settings", len(trie))
+            found.append(self._results(question, prompt, trie, stored, others, tick))
             visit(text, trie, stored)
         labels = self._labels(question)
         return TaskResult(
@@ -211,6 +216,18 @@ class Evaluation:
             bounds=np.stack([one["bound"] for one in found]) if question.policy.one_path_each else None,
         )
 
+    def _read(self, question: Question, prompt: Sequence[int], trie: TokenTrie, grow: Any, what: str) -> tuple[TokenTrie, Rows]:
+        return rows.load_or_compute(
+            self.model.model,
+            self.model.fingerprint,
+            prompt,
+            trie,
+            question.policy,
+            grow,
+            cache=self.cache,
+            tick=self._ticker(what, len(trie)),
+        )
+
     def _ticker(self, what: str, total: int) -> Callable[[int], None]:
         done = 0
 
@@ -223,26 +240,40 @@ class Evaluation:
         return tick
 
     def _results(
-        self, question: Question, prompt: Sequence[int], trie: TokenTrie, stored: Rows, tick: Callable[[int], None]
+        self,
+        question: Question,
+        prompt: Sequence[int],
+        trie: TokenTrie,
+        stored: Rows,
+        others: Mapping[str, Sequence[Rows]],
+        tick: Callable[[int], None],
     ) -> Mapping[str, np.ndarray]:
         """Validity, diversity and slack of all settings and oracles, and the bound; from disk if they have been computed."""
 
         def compute() -> Mapping[str, np.ndarray]:
-            outcome_, bound = self._outcome(question, prompt, trie, stored, tick)
+            views = rows.StoredViews(trie, others) if others else None
+            outcome_, bound = self._outcome(question, prompt, trie, stored, tick, views)
             return {"validity": outcome_.validity, "diversity": outcome_.diversity, "slack": outcome_.slack, "bound": bound}
 
         if not isinstance(stored, rows.StoredRows):
             return compute()
-        return results.load_or_compute(results.key(self.chains, rows=stored.folder.name), compute)
+        names = [one.folder.name for several in others.values() for one in several if isinstance(one, rows.StoredRows)]
+        return results.load_or_compute(results.key(self.chains, rows=" ".join([stored.folder.name, *names])), compute)
 
     def _outcome(
-        self, question: Question, prompt: Sequence[int], trie: TokenTrie, stored: Rows, tick: Callable[[int], None]
+        self,
+        question: Question,
+        prompt: Sequence[int],
+        trie: TokenTrie,
+        stored: Rows,
+        tick: Callable[[int], None],
+        views: Views | None = None,
     ) -> tuple[Outcome, np.ndarray]:
         """All settings, then the oracles, in the order of `_labels`; and the bound on rank cutoffs."""
         ranking = oracle.Ranking(Interest.of(trie), self.scales)
         groups = [*self.groups, oracle.size_group(trie, self.scales, len(self.chains))]
         settings = len(self.chains) + len(self.scales)
-        situation = Situation(prompt, self.weights)
+        situation = Situation(prompt, self.weights, views)
         flow = flows(trie, stored, groups, settings, ranking, tick, situation, self.scales)
         one_path = question.policy.one_path_each
         cutoffs = [oracle.BestCutoffs(trie, ranking, i) for i in range(len(self.scales))] if one_path else []

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from decal.eval import forward
 from decal.eval.exact import Rows
 from decal.eval.paths import atomic_dir, cache_dir
+from decal.samplers.context import History
 from decal.samplers.errors import DecalError
 from decal.samplers.trie import Policy, TokenTrie
 
@@ -37,6 +38,33 @@ class StoredRows:
         for shard in sorted(self.folder.glob("rows-*.safetensors")):
             tensors = load_file(shard)
             yield tensors["nodes"].tolist(), tensors["logits"]
+
+
+class StoredViews:
+    """What stands behind other prompts at the nodes of a trie; see `decal.samplers.views.Views`.
+
+    Args:
+        trie: of the prompt at hand; the others have the same.
+        prompts: by kind, the rows of every other prompt.
+    """
+
+    def __init__(self, trie: TokenTrie, prompts: Mapping[str, Sequence[Rows]]):
+        self._trie = trie
+        self._at = {
+            kind: [{node: logits[i] for nodes, logits in one for i, node in enumerate(nodes)} for one in several]
+            for kind, several in prompts.items()
+        }
+
+    def logits(self, kind: str, history: History) -> Tensor:
+        """(B, K, V)"""
+        nodes = [self._node(text) for _, text in history.split()]
+        return torch.stack([torch.stack([one[node] for one in self._at[kind]]) for node in nodes])
+
+    def _node(self, text: Sequence[int]) -> int:
+        node = 0
+        for token in text:
+            node = self._trie.children[node][token]
+        return node
 
 
 def key(fingerprint: str, device: str, prompt: Sequence[int], trie: TokenTrie, policy: Policy) -> str:

@@ -128,6 +128,10 @@ class Task(_Strict):
         return [Phrasing(prompt=self.prompt, label=self.label), *self.phrasings]
 
 
+BLANK = "Random answer:"
+"""A prompt that asks for nothing in particular."""
+
+
 @dataclass(frozen=True)
 class Question:
     """A task ready to be put to models.
@@ -174,6 +178,19 @@ class Question:
             else:
                 text = self._chat(way, tokenizer) + (way.label or "" if self.task.form == "prefix" else "")
                 yield text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def other_prompts(self, number: int, tokenizer: Any, seed: int) -> dict[str, list[list[int]]]:
+        """For prompt ``number`` of `prompts`: ``others``, the same exemplars in the task's other phrasings, and ``blank``.
+
+        Raises:
+            DecalError: the task isn't put few-shot, or has one phrasing only.
+        """
+        ways = self.task.ways
+        if self.task.form != "few_shot" or len(ways) < 2:
+            raise DecalError(f"{self.task.name}: other prompts are taken from phrasings of few-shot tasks, and it has none")
+        others = [way for way in ways if way is not ways[number % len(ways)]]
+        texts = {"others": [self._few_shot(way, np.random.default_rng([seed, number])) for way in others], "blank": [BLANK]}
+        return {kind: [tokenizer(text)["input_ids"] for text in several] for kind, several in texts.items()}
 
     def _few_shot(self, way: Phrasing, rng: np.random.Generator) -> str:
         shots = self.task.shots

@@ -9,6 +9,11 @@ import torch
 
 import decal
 from decal import DecalError, Prompts, contrast, ensemble, temperature
+from decal.eval.frontier import Evaluation
+from decal.eval.grid import Setting
+from decal.eval.models import LoadedModel
+from decal.eval.task import Answers, Question, Task
+from decal.samplers.valid_set import ValidSet
 from decal.samplers.views import Reader
 
 TOKENIZER = tiny.byte_level(["red green blue", "Random colour:", "Any colour at all:", "Answer:"], merges=20)
@@ -125,3 +130,45 @@ def test_what_goes_wrong_is_said():
     others = [ensemble().for_prompts(Prompts(made, TOKENIZER, {"a": ["b"]})) for _ in range(2)]
     with pytest.raises(DecalError, match="different prompts; use for_prompts once"):
         others[0] | others[1]
+
+
+def test_the_evaluator_reads_the_other_phrasings(tmp_path, monkeypatch):
+    """Probability of every answer under a chain with both rules, against plain forward passes of every prompt by itself."""
+    monkeypatch.setenv("DECAL_CACHE", str(tmp_path))
+    names = ["ab", "abc", "b", "cab"]
+    ways = [{"label": "y:"}, {"label": "any of them:"}]
+    task = Task(name="t", label="x:", phrasings=ways, answers=Answers(list=names), shots=2, draws=2)
+    question = Question(task, ValidSet.from_list(names))
+    tokenizer = tiny.byte_level()
+    made = tiny.llama(len(tokenizer))
+    evaluation = Evaluation(
+        LoadedModel(made, tokenizer, "tiny", "f"),
+        [Setting("f", decal.parse("ensemble(0.4) | contrast(0.3) | temperature(1.3)"))],
+    )
+    evaluation.check(question)
+    result = evaluation.run(question)
+    for number, (_, prompt) in enumerate(question.prompts(tokenizer, 0)):
+        told = question.other_prompts(number, tokenizer, 0)
+        assert [len(told[kind]) for kind in ("others", "blank")] == [2, 1]
+        assert not {tuple(prompt)} & {tuple(other) for other in told["others"]}
+        trie, _ = evaluation.builder.build(question.valid, question.policy)
+        law = {}
+        for node in range(len(trie)):
+            own, *others, blank = (
+                behind(made, text + trie.path(node)) for text in (list(prompt), *told["others"], *told["blank"])
+            )
+            law[node] = tiny.softmax((0.6 * own + 0.4 * np.mean(others, 0) - 0.3 * blank) / 1.3)
+        mass = 0.0
+        for node, answer in enumerate(trie.answer):
+            if answer >= 0:
+                here, p = node, law[node][list(trie.ends)].sum()
+                while here:
+                    p *= law[trie.parent[here]][trie.token[here]]
+                    here = trie.parent[here]
+                mass += p
+        assert result.validity[0, number] == pytest.approx(mass, rel=1e-6)
+    again = evaluation.run(question)
+    np.testing.assert_array_equal(again.validity, result.validity)
+    alone = Question(task.model_copy(update={"phrasings": []}), question.valid)
+    with pytest.raises(DecalError, match="phrasings of few-shot tasks"):
+        evaluation.check(alone)
