@@ -684,6 +684,9 @@ def notes(chain: Chain) -> list[str]:
         elif step.rule.moved:
             moved = step.rule.step(**{**step.values, **step.rule.moved(last.values["t"], **step.values)})
             found.append(f"note: {step} after {last} keeps the same tokens as {moved} before it")
+    if "prompts" in chain.needs:
+        cost = getattr(chain.views, "cost", "a row of the model more for each")
+        found.append(f"note: it reads other prompts at every step, {cost}")
     return found
 
 

@@ -77,6 +77,12 @@ class Prompts:
         self.blank = [ids(text) for text in blank]
         self._readers = {kind: Reader(model) for kind in KINDS}
 
+    @property
+    def cost(self) -> str:
+        """What a step costs, in words."""
+        others = max(map(len, self.others.values()), default=0)
+        return f"at most {others} to ask the same and {len(self.blank)} blank: a row of the model more for each"
+
     def logits(self, kind: str, history: History) -> Tensor:
         """See `Views`."""
         texts = []

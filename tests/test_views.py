@@ -13,6 +13,7 @@ from decal.eval.frontier import Evaluation
 from decal.eval.grid import Setting
 from decal.eval.models import LoadedModel
 from decal.eval.task import Answers, Question, Task
+from decal.samplers.chain import notes
 from decal.samplers.valid_set import ValidSet
 from decal.samplers.views import Reader
 
@@ -67,6 +68,8 @@ def test_formulas_in_generate(form):
     made = model()
     views = Prompts(made, TOKENIZER, PROMPTS, blank=["Answer:"])
     chain = (ensemble(0.4, form=form) | contrast(0.3) | temperature(1.2)).for_prompts(views)
+    assert "at most 2 to ask the same and 1 blank" in "".join(notes(chain))
+    assert "a row of the model more" in "".join(notes(decal.parse("ensemble(0.5)")))
     inputs = TOKENIZER(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
     torch.manual_seed(1)
     out = made.generate(
