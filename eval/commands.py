@@ -247,6 +247,7 @@ def estimate(
     from decal.eval.paths import atomic_write
 
     parsed = [decal.parse(text) for text in chains or ("temperature(1)", "top_p(0.9)", "min_p(0.1)")]
+    estimates.check(parsed)
     question = task.load(name, form=form, draws=draws)
     loaded = models.load(model, device=device, dtype=dtype, accept_licence=accept_licence)
     evaluation = Evaluation(loaded, [Setting("chain", chain) for chain in parsed], seed=seed)

@@ -29,6 +29,7 @@ from decal.eval.paths import cache_dir, scratch_dir
 from decal.eval.ranking import Estimate
 from decal.eval.task import Question
 from decal.samplers.chain import Chain
+from decal.samplers.context import GIVEN
 from decal.samplers.errors import DecalError
 from decal.samplers.trie import Policy, TokenTrie, TrieBuilder
 from decal.samplers.valid_set import ValidSet
@@ -299,6 +300,7 @@ def estimate(
     """
     if samples < 2:
         raise DecalError(f"an estimate needs at least 2 samples, got {samples}")
+    check(chains)
     groups = group(chains)
     found = []
     for number, (_, prompt) in enumerate(question.prompts(evaluation.model.tokenizer, evaluation.seed)):
@@ -313,6 +315,13 @@ def estimate(
             flow = flows(draws.trie, stored, groups, len(chains), situation=situation)
         found.append(weigh(draws, outcome(draws.trie, flow).answers, seed))
     return found
+
+
+def check(chains: Sequence[Chain]) -> None:
+    """Raise DecalError if a chain reads what an estimate doesn't have: all answers, or other prompts."""
+    for chain in chains:
+        for need in sorted(chain.needs & {"answers", "prompts"}):
+            raise DecalError(f"{chain} reads {GIVEN[need].what}, which an estimate can't give it; use decal frontier")
 
 
 def over_prompts(found: Sequence[Estimated]) -> tuple[list[Estimate], list[Estimate]]:

@@ -22,7 +22,7 @@ from decal.kernels import dispatch, reference
 from decal.kernels.dispatch import choose
 from decal.kernels.mass import MOST_TOKENS, wide
 from decal.kernels.program import Untraceable
-from decal.samplers.context import Context, History, Weights
+from decal.samplers.context import GIVEN, Context, History, Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Affine, Band, DenseRow, Keep, Map
 from decal.samplers.rule import Rule, Step, find
@@ -34,16 +34,9 @@ if TYPE_CHECKING:
     from decal.samplers.valid_set import ValidSet
     from decal.samplers.views import Views
 
-SURVIVES_CUT = frozenset({"max", "k-th largest", "history", "state", "chance", "model", "answers", "prompts"})
+SURVIVES_CUT = frozenset({"max", "k-th largest", "history", "state", "chance", *GIVEN})
 """What a truncation leaves unchanged, as far as a later truncation is concerned: the largest logit, a threshold at the k-th
 largest (where fewer than k tokens are left, the earlier cut is the stricter one), and all that isn't in the logits."""
-
-AROUND = {
-    "weights": "different models; use for_model",
-    "guide": "different answers; use for_answers",
-    "views": "different prompts; use for_prompts",
-}
-"""What a chain may carry besides its steps."""
 
 State = tuple[Mapping[str, Tensor] | None, ...]
 """What the steps of a chain remember: for each step with a memory its (B, 1) tensors by name."""
@@ -148,13 +141,15 @@ class Chain:
             other = other()
         if not isinstance(other, Chain):
             return NotImplemented
-        around = []
-        for name, twice in AROUND.items():
-            mine, theirs = getattr(self, name), getattr(other, name)
+        both = {}
+        for need, given in GIVEN.items():
+            mine, theirs = getattr(self, given.name), getattr(other, given.name)
             if mine is not None and theirs is not None and mine is not theirs:
-                raise DecalError(f"{self} and {other} are for {twice} once, on the whole chain")
-            around.append(theirs if mine is None else mine)
-        return Chain(self.steps + other.steps, *around)
+                raise DecalError(
+                    f"{self} and {other} are for different {given.several}; use for_{need} once, on the whole chain"
+                )
+            both[given.name] = theirs if mine is None else mine
+        return Chain(self.steps + other.steps, **both)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.steps))

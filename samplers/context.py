@@ -1,4 +1,4 @@
-"""What a rule may know besides the logits: the tokens so far, whose turn it is, the model's embeddings, the valid answers."""
+"""What a rule may know besides the logits: the tokens so far, whose turn it is, and what its chain was given (`GIVEN`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,6 +148,35 @@ class Weights:
             projected = x @ vectors
             self._directions[rank] = projected / projected.abs().amax(0).clamp(min=1e-30)
         return self._directions[rank]
+
+
+class Given(NamedTuple):
+    """Something that a chain has to be given before a rule can read it.
+
+    Attributes:
+        name: of the attribute that holds it, in `Context` and `Chain`.
+        what: it is, in words.
+        several: what two chains differ in that were given different ones.
+        how: the method of `Chain` that gives it, with arguments.
+    """
+
+    name: str
+    what: str
+    several: str
+    how: str
+
+    @property
+    def missing(self) -> str:
+        """What to say of a chain without it."""
+        return f"reads {self.what}: use chain.{self.how}"
+
+
+GIVEN = {
+    "model": Given("weights", "the model's embeddings", "models", "for_model(model)"),
+    "answers": Given("guide", "the valid answers", "answers", "for_answers(answers, tokenizer)"),
+    "prompts": Given("views", "other prompts", "prompts", "for_prompts(decal.Prompts(model, tokenizer, ...))"),
+}
+"""By what `Rule.needs` calls it."""
 
 
 @dataclass(frozen=True, eq=False)

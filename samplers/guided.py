@@ -14,7 +14,7 @@ from decal.kernels.reference import wide
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Map, Row
 from decal.samplers.rule import Param, rule
-from decal.samplers.trie import MOST_ANSWERS, Policy, TokenTrie, TrieBuilder
+from decal.samplers.trie import Policy, TokenTrie, TrieBuilder
 from decal.samplers.valid_set import ValidSet
 from decal.samplers.vocabulary import Vocabulary
 
@@ -65,8 +65,6 @@ class Guide:
         if tokenizer is None:
             raise DecalError("to follow answers takes the model's tokenizer: for_answers(answers, tokenizer)")
         valid = answers if isinstance(answers, ValidSet) else ValidSet.from_list(list(answers))
-        if valid.size > MOST_ANSWERS:
-            raise DecalError(f"{valid.size} answers can't be followed one by one, at most {MOST_ANSWERS} can")
         vocabulary = Vocabulary.of(tokenizer)
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         builder = TrieBuilder(lambda text: tokenizer.encode(text, add_special_tokens=False), vocabulary, eos)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from decal.kernels import mass as integer
 from decal.kernels import random
 from decal.kernels.statistics import INEXACT, SCALED, STATISTICS, exp, term
-from decal.samplers.context import Context, History, Weights
+from decal.samplers.context import GIVEN, Context, History, Weights
 from decal.samplers.errors import DecalError
 
 if TYPE_CHECKING:
@@ -224,24 +224,22 @@ class BaseRow:
 
     @property
     def weights(self) -> Weights:
-        self.reads.add("model")
-        if self._context.weights is None:
-            raise DecalError("this chain reads the model's embeddings: use chain.for_model(model)")
-        return self._context.weights
+        return cast(Weights, self._given("model"))
 
     @property
     def guide(self) -> Guide:
-        self.reads.add("answers")
-        if self._context.guide is None:
-            raise DecalError("this chain follows known answers: use chain.for_answers(answers, tokenizer)")
-        return self._context.guide
+        return cast("Guide", self._given("answers"))
 
     @property
     def views(self) -> Views:
-        self.reads.add("prompts")
-        if self._context.views is None:
-            raise DecalError("this chain reads other prompts: use chain.for_prompts(decal.Prompts(model, tokenizer, ...))")
-        return self._context.views
+        return cast("Views", self._given("prompts"))
+
+    def _given(self, need: str) -> Any:
+        self.reads.add(need)
+        found = getattr(self._context, GIVEN[need].name)
+        if found is None:
+            raise DecalError(f"this chain {GIVEN[need].missing}")
+        return found
 
     def chance(self, probability: Tensor, seed: Tensor) -> Tensor:
         self.reads.add("chance")

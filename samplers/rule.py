@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels import reference
-from decal.samplers.context import Context
+from decal.samplers.context import GIVEN, Context
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Affine, Answer, Band, BaseRow, DenseRow, Keep, Map
 
@@ -340,7 +340,7 @@ class Rule:
     @property
     def needs(self) -> frozenset[str]:
         """What it reads besides the logits: of ``history``, ``chance``, ``state``, ``model``, ``answers`` and ``prompts``."""
-        return self.reads & {"history", "chance", "state", "model", "answers", "prompts"}
+        return self.reads & {"history", "chance", "state", *GIVEN}
 
     @property
     def kind(self) -> str:

@@ -241,9 +241,9 @@ def is_sane(trial: Trial, z: Tensor) -> None:
 
 
 def acts_as_its_kind_says(rule: Rule) -> None:
-    """A truncation keeps the top together and untouched, and so does a projection that keeps the order; a band a stretch of the
-    ranking; a reshaping keeps the support, or just the modes; tokens of equal logit fare alike unless the tokens so far or the
-    embeddings tell them apart."""
+    """A truncation keeps the top together and untouched, a band a stretch of the ranking; a reshaping keeps the support, or
+    just the modes; tokens of equal logit fare alike unless the tokens so far or the embeddings tell them apart. Which tokens a
+    projection keeps that is told the valid answers, is up to them."""
     for z in [*small_rows(), *_large(rule)]:
         for trial in trials(rule, z):
             is_of_its_kind(rule, trial, z)
@@ -258,10 +258,10 @@ def is_of_its_kind(rule: Rule, trial: Trial, z: Tensor) -> None:
     mode = z.amax(-1, keepdim=True)
     if rule.kind in CUTS:
         require(same_bits(processed, masked), f"{where}: a {rule.kind} reshaped")
-    ranked_kind = rule.monotone or rule.kind != "projection"
-    if rule.kind in ("truncation", "projection") and ranked_kind:
+    projections = () if "answers" in rule.needs else ("projection",)
+    if rule.kind in ("truncation", *projections):
         require(torch.equal(highest, mode), f"{where}: the most probable token was dropped")
-    if rule.kind in ("truncation", "band", "projection") and ranked_kind:
+    if rule.kind in ("truncation", "band", *projections):
         together = (z >= lowest) & (z <= highest) & z.isfinite()
         require(torch.equal(kept, together), f"{where}: kept tokens are not a stretch of the ranking with all ties")
     if rule.kind == "reshaping":

@@ -131,7 +131,7 @@ class SymbolicRow(_Symbolic):
         return write
 
     head = ranked = per_token = is_one_of = chance = _untraceable("anything of single tokens")
-    history = state = weights = property(_untraceable("anything but the logits"))
+    history = state = weights = guide = views = property(_untraceable("anything but the logits"))
 
 
 class SymbolicTopSet(_Symbolic):

@@ -13,7 +13,7 @@ from decal.samplers.valid_set import ValidSet
 from decal.samplers.vocabulary import Vocabulary
 
 MOST_ANSWERS = 200_000
-"""Exact evaluation costs a forward pass per prefix; beyond this many answers that is a mistake more often than a plan."""
+"""An exact evaluation costs a forward pass per prefix; beyond this many answers that is a mistake more often than a plan."""
 
 
 @dataclass
@@ -118,8 +118,8 @@ def check_size(valid: ValidSet) -> None:
     """Raise DecalError if a valid set has more than `MOST_ANSWERS` answers."""
     if valid.size > MOST_ANSWERS:
         raise DecalError(
-            f"{valid.source}: {valid.size} answers; exact evaluation reads every prefix and stops at {MOST_ANSWERS}; "
-            "see decal estimate"
+            f"{valid.source}: {valid.size} answers; exact evaluation and for_answers follow each, which stops at {MOST_ANSWERS}"
+            "; see decal estimate"
         )
 
 

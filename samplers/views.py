@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from decal.kernels.reference import wide
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Map, Row
 from decal.samplers.rule import Choice, Param, rule
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 Text = tuple[int, ...]
 KINDS = ("others", "blank")
 """Prompts that ask for the same, and prompts that ask for nothing in particular."""
+LOWEST = -50.0
+"""Log-probabilities below this count as this: a token that one prompt rules out is unlikely, not lost."""
 
 
 class Views(Protocol):
@@ -51,7 +54,7 @@ class Prompts:
         blank: prompts that ask for nothing in particular, for all requests.
 
     Raises:
-        DecalError: numbers of other prompts differ, or a prompt has no tokens.
+        DecalError: not of this form, numbers of other prompts differ, or a prompt has no tokens.
     """
 
     def __init__(
@@ -61,11 +64,15 @@ class Prompts:
         others: Mapping[str, Sequence[str]] | None = None,
         blank: Sequence[str] = (),
     ):
-        counts = {len(ways) for ways in (others or {}).values()}
-        if len(counts) > 1:
-            raise DecalError(f"every prompt needs the same number of other ways to ask, got {sorted(counts)}")
-        if isinstance(blank, str) or any(isinstance(ways, str) for ways in (others or {}).values()):
-            raise DecalError("other prompts are lists of texts")
+        others = others or {}
+        if not isinstance(others, Mapping) or not (others or blank):
+            raise DecalError(f"others are {{prompt: [other, ...]}}, and others or blank are needed, got {others!r}")
+        for ways in (blank, *others.values()):
+            if isinstance(ways, str) or not all(isinstance(text, str) for text in ways):
+                raise DecalError(f"other prompts are lists of texts, got {ways!r}")
+        counts = {len(ways) for ways in others.values()}
+        if len(counts) > 1 or 0 in counts:
+            raise DecalError(f"every prompt needs the same number of other ways to ask, at least 1, got {sorted(counts)}")
 
         def ids(text: str) -> Text:
             tokens = tuple(tokenizer(text)["input_ids"])
@@ -73,7 +80,7 @@ class Prompts:
                 raise DecalError(f"a prompt needs at least one token, got {text!r}")
             return tokens
 
-        self.others = {ids(prompt): [ids(way) for way in ways] for prompt, ways in (others or {}).items()}
+        self.others = {ids(prompt): [ids(way) for way in ways] for prompt, ways in others.items()}
         self.blank = [ids(text) for text in blank]
         self._readers = {kind: Reader(model) for kind in KINDS}
 
@@ -153,6 +160,25 @@ class Reader:
         return last
 
 
+def _behind(row: Row, kind: str) -> Callable[[Tensor, str], Tensor]:
+    """A function that gives the ``mean`` or the ``least`` log-probability behind other prompts of the tokens of z (B, W)."""
+    row.history  # noqa: B018 (asked for at once, so that a missing one shows early)
+    views = row.views
+
+    def behind(z: Tensor, form: str) -> Tensor:
+        # Where the columns are some of the tokens, each prompt still normalises over all of its own.
+        def told(history: History, vocabulary: int) -> Tensor:
+            logits = views.logits(kind, history)
+            if logits.shape[-1] < vocabulary:
+                raise DecalError(f"behind other prompts are logits of {logits.shape[-1]} tokens, here of {vocabulary}")
+            logp = logits.to(wide(logits.device)).log_softmax(-1)[..., :vocabulary]
+            return logp.amin(1) if form == "least" else logp.mean(1)
+
+        return row.per_token(told).to(z).clamp(min=LOWEST)
+
+    return behind
+
+
 @rule(paper="arXiv:1911.12543", slow="it reads other prompts")
 def ensemble(
     row: Row,
@@ -166,17 +192,11 @@ def ensemble(
 
     Elsewhere: contrastive and ensemble decoding scripts; no serving stack.
     """
-    row.history  # noqa: B018 (asked for at once, so that a missing one shows early)
-    views = row.views
+    behind = _behind(row, "others")
 
     def together(z: Tensor) -> Tensor:
-        # Where the columns are some of the tokens, each prompt still normalises over all of its own.
-        def told(history: History, vocabulary: int) -> Tensor:
-            logp = views.logits("others", history).double().log_softmax(-1)
-            return (logp.amin(1) if form == "least" else logp.mean(1))[:, :vocabulary]
-
-        other = row.per_token(told).to(z)
-        return torch.where(z.isfinite(), (1 - weight) * (z - row.max) + weight * other.clamp(min=LOWEST), -torch.inf)
+        other = behind(z, form)
+        return torch.where(z.isfinite(), (1 - weight) * (z - row.max) + weight * other, -torch.inf)
 
     return Map(together, monotone=False)
 
@@ -190,18 +210,9 @@ def contrast(row: Row, strength: Tensor = Param(0.5, low=0, high=2, off=0.0, swe
 
     Elsewhere: `guidance_scale` of transformers and vLLM's negative prompts do the same with one prompt, g log p - (g - 1) b.
     """
-    row.history  # noqa: B018
-    views = row.views
+    behind = _behind(row, "blank")
 
     def against(z: Tensor) -> Tensor:
-        def told(history: History, vocabulary: int) -> Tensor:
-            return views.logits("blank", history).double().log_softmax(-1).mean(1)[:, :vocabulary]
-
-        blank = row.per_token(told).to(z)
-        return torch.where(z.isfinite(), z - strength * blank.clamp(min=LOWEST), -torch.inf)
+        return torch.where(z.isfinite(), z - strength * behind(z, "mean"), -torch.inf)
 
     return Map(against, monotone=False)
-
-
-LOWEST = -50.0
-"""Log-probabilities below this count as this: a token that one prompt rules out is unlikely, not lost."""

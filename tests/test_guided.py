@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-import pickle
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 
 import decal
 from decal import DecalError, guided
-from decal.eval import exact, grid
+from decal.eval import estimate, exact, grid
 from decal.samplers.chain import notes
 from decal.samplers.guided import Guide
 from decal.samplers.trie import Policy
@@ -131,6 +131,12 @@ def test_what_goes_wrong_is_said():
     one, other = (guided().for_answers(words, TOKENIZER) for words in (["red"], ["blue"]))
     with pytest.raises(DecalError, match="different answers"):
         one | other
+    with pytest.raises(DecalError, match="the valid answers, which an estimate can't give"):
+        estimate.check([decal.temperature(2) | guided(0.5)])
+    with pytest.raises(DecalError, match="non-empty string"):
+        guided().for_answers(["red", ""], TOKENIZER)
+    with pytest.raises(DecalError, match="stops at 200000"):
+        guided().for_answers(ValidSet.digits(6), TOKENIZER)
     with pytest.raises(DecalError, match="ends are a list"):
         guided().for_answers(["red"], TOKENIZER, ends="<eos>")
     with pytest.raises(DecalError, match="put guided"):
@@ -139,7 +145,7 @@ def test_what_goes_wrong_is_said():
         one(torch.zeros(1, 20), history=decal.History.of([[1]]))
     with pytest.raises(DecalError, match="the longest answer takes"):
         one.generate_kwargs(max_new_tokens=1)
-    again = pickle.loads(pickle.dumps(one))
+    again = copy.deepcopy(one)
     assert again == one
     assert again.guide.trie.size == 1
 

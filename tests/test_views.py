@@ -9,6 +9,7 @@ import torch
 
 import decal
 from decal import DecalError, Prompts, contrast, ensemble, temperature
+from decal.eval import estimate
 from decal.eval.frontier import Evaluation
 from decal.eval.grid import Setting
 from decal.eval.models import LoadedModel
@@ -93,8 +94,23 @@ def test_beams_and_seeds():
     chain = ensemble(0.5).for_prompts(views)
     inputs = TOKENIZER(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
     pad = TOKENIZER.pad_token_id
-    found = made.generate(**inputs, max_new_tokens=6, **chain.generate_kwargs(num_beams=3, do_sample=False, pad_token_id=pad))
-    assert found.shape == (2, inputs["input_ids"].shape[1] + 6)
+
+    def score(prompt: str, generated: list[int]) -> float:
+        """Log-probability of a text under the chain, by plain forward passes."""
+        total = 0.0
+        for step, token in enumerate(generated):
+            own, *others = (behind(made, TOKENIZER.encode(text) + generated[:step]) for text in (prompt, *PROMPTS[prompt]))
+            z = 0.5 * own + 0.5 * np.mean(others, 0)
+            total += z[token] - np.logaddexp.reduce(z)
+        return total
+
+    greedy, beams = (
+        made.generate(**inputs, max_new_tokens=6, **chain.generate_kwargs(num_beams=n, do_sample=False, pad_token_id=pad))
+        for n in (1, 4)
+    )
+    for row, prompt in enumerate(PROMPTS):
+        best, first = (score(prompt, found[row, -6:].tolist()) for found in (beams, greedy))
+        assert best >= first - 1e-3
     together = made.generate(**inputs, max_new_tokens=6, **chain.generate_kwargs(seeds=[3, 4], pad_token_id=pad))
     for row, prompt in enumerate(PROMPTS):
         alone = made.generate(
@@ -123,6 +139,20 @@ def test_what_goes_wrong_is_said():
         Prompts(made, TOKENIZER, {"a": ["b"], "c": ["d", "e"]})
     with pytest.raises(DecalError, match="lists of texts"):
         Prompts(made, TOKENIZER, {"a": "b"})
+    with pytest.raises(DecalError, match="at least 1, got"):
+        Prompts(made, TOKENIZER, {"a": []})
+    with pytest.raises(DecalError, match="lists of texts"):
+        Prompts(made, TOKENIZER, {"a": [7]})
+    for nothing in (None, {}, ["a"]):
+        with pytest.raises(DecalError, match="others or blank are needed"):
+            Prompts(made, TOKENIZER, nothing)
+    with pytest.raises(DecalError, match="no step of min_p"):
+        decal.min_p(0.1).for_prompts(Prompts(made, TOKENIZER, {"a": ["b"]}))
+    wide = ensemble().for_prompts(Prompts(made, TOKENIZER, {"a": ["b"]}))
+    with pytest.raises(DecalError, match="behind other prompts are logits of"):
+        wide(torch.zeros(1, len(TOKENIZER) + 9), history=decal.History.of([TOKENIZER.encode("a")]))
+    with pytest.raises(DecalError, match="other prompts, which an estimate can't give"):
+        estimate.check([ensemble(0.5) | temperature(2)])
     with pytest.raises(DecalError, match="at least one token"):
         Prompts(made, TOKENIZER, {"a": [""]})
     views = Prompts(made, TOKENIZER, {"a": ["b"]})
