@@ -668,6 +668,42 @@ def basis_aware(z: Row, eps: float, tries: int, basis: np.ndarray) -> Answer:
     return cut(z, kept, close)
 
 
+def guided(
+    z: Row, strength: float, text: Sequence[int], prompt: int, answers: Sequence[tuple[int, ...]], ends: Sequence[int]
+) -> Answer:
+    """p_i^(1 - s) N_i^s, N_i the number of answers that go on with i; an end is shared between the tokens that end one."""
+    close = np.zeros(len(z), bool)
+    so_far = tuple(text[prompt:])
+    behind = np.zeros(len(z))
+    for answer in answers:
+        if answer == so_far:
+            behind[list(ends)] += 1 / len(ends)
+        elif answer[: len(so_far)] == so_far:
+            behind[answer[len(so_far)]] += 1
+    good = (behind > 0) & np.isfinite(z)
+    if strength == 0 or not good.any():
+        return Answer(log_probabilities(z), close)
+    log_q = np.full(len(z), -np.inf)
+    log_q[good] = strength * np.log(behind[good])
+    if strength < 1:
+        log_q[good] += (1 - strength) * log_probabilities(z)[good]
+    return Answer(log_probabilities(log_q), close)
+
+
+def ensemble(z: Row, weight: float, form: str, others: Sequence[Row]) -> Answer:
+    """The weighted mean of log p with the mean, or the least, behind other prompts, none of which says less than -50."""
+    told = [log_probabilities(other) for other in others]
+    other = np.maximum(np.min(told, 0) if form == "least" else np.mean(told, 0), -50)
+    log_q = np.where(np.isfinite(z), (1 - weight) * np.where(np.isfinite(z), log_probabilities(z), 0) + weight * other, -np.inf)
+    return Answer(log_probabilities(log_q), np.zeros(len(z), bool))
+
+
+def contrast(z: Row, strength: float, others: Sequence[Row]) -> Answer:
+    """log p less a share of what blank prompts say on average, none less than -50."""
+    blank = np.maximum(np.mean([log_probabilities(other) for other in others], 0), -50)
+    return Answer(log_probabilities(np.where(np.isfinite(z), z - strength * blank, -np.inf)), np.zeros(len(z), bool))
+
+
 FORMULAS: dict[str, Callable[..., Any]] = {
     rule.__name__: rule
     for rule in (
@@ -675,6 +711,6 @@ FORMULAS: dict[str, Callable[..., Any]] = {
         *(mirostat_k, temperature, flatten, dynamic_temperature, edt, quadratic, target_entropy, cap, power_law, skew),
         *(sparsemax, entmax, l0_bregman, best_of_k),
         *(repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram, dry, xtc, mirostat, adaptive_p),
-        *(top_w, basis_aware),
+        *(top_w, basis_aware, guided, ensemble, contrast),
     )
 }

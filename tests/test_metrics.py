@@ -9,6 +9,9 @@ from collections import Counter
 import mpmath
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from decal.eval import metrics
 from decal.samplers.errors import DecalError
@@ -56,6 +59,11 @@ def chao_wang_jost(counts: list[int]) -> float:
             rest = -mpmath.log(a) - sum((1 - a) ** r / r for r in range(1, n))
             total += mpmath.mpf(f1) / n * (1 - a) ** (1 - n) * rest
         return float(total)
+
+
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60))
+def test_hill_1_is_that_of_scipy(counts: list[int]) -> None:
+    assert metrics.hill(as_array(counts), 1) == pytest.approx(math.exp(stats.entropy(counts)))
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=lambda c: f"{len(c)} of {sum(c)}")

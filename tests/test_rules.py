@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from formulas import (
     FORMULAS,
@@ -29,9 +31,9 @@ from scipy import stats
 import decal
 from decal.eval import models
 from decal.samplers.context import Weights
+from decal.samplers.guided import Guide
 
 SIZES = [1, 2, 7, 64, 1000, 32000, 151936]
-MODEL = ("top_w", "basis_aware")
 
 # Parameters besides the defaults, which are tried as well. Of large rows only every other is.
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -124,6 +126,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
         )
     ],
     "basis_aware": [{"eps": e, "rank": r, "tries": t} for e, r, t in ((0.02, 2, 5), (0.1, 4, 40), (0.3, 3, 40), (0.1, 40, 10))],
+    "guided": [{"strength": s} for s in (0.0, 1e-9, 0.3, 0.9)],
+    "ensemble": [{"weight": w, "form": f} for f in ("mean", "least") for w in (0.3, 1.0)],
+    "contrast": [{"strength": s} for s in (0.1, 1.0, 2.0)],
 }
 DEFAULTS: dict[str, dict[str, Any]] = {"xtc": {"probability": 1}}
 LARGEST = {"l0_bregman": 1000, "top_w": 1000, "basis_aware": 64, **dict.fromkeys(("target_entropy", "cap", "best_of_k"), 32000)}
@@ -131,8 +136,7 @@ DOUBT = {"top_w": 0.2, "basis_aware": 0.1}  # two sets can be as good, and the s
 
 
 def test_every_rule_has_a_formula_here() -> None:
-    told = {"guided", "ensemble", "contrast"}  # whose formulas need more than a row: tests/test_guided.py, tests/test_views.py
-    assert set(CASES) == set(FORMULAS) == set(decal.RULES) - told
+    assert set(CASES) == set(FORMULAS) == set(decal.RULES)
 
 
 class Scene(NamedTuple):
@@ -143,6 +147,9 @@ class Scene(NamedTuple):
     embedding: np.ndarray
     head: np.ndarray
     known: dict[int, np.ndarray]
+    others: np.ndarray
+    answers: Sequence[tuple[int, ...]]
+    ends: Sequence[int]
 
     def directions(self, rank: int) -> np.ndarray:
         """The same ones for every row."""
@@ -158,6 +165,31 @@ class Scene(NamedTuple):
     def weights(self) -> Weights:
         return Weights(torch.from_numpy(self.embedding), torch.from_numpy(self.head))
 
+    @property
+    def guide(self) -> Guide:
+        return Guide(tiny.trie_of(self.answers, self.ends))
+
+    def logits(self, kind: str, history: decal.History) -> torch.Tensor:
+        """Behind other prompts, (rows, 2, V)."""
+        return torch.from_numpy(self.others[: len(history)])
+
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[int]], prompts: Sequence[int], embedding: np.ndarray, head: np.ndarray) -> Scene:
+        """With answers that go on where some of the texts are, or end there, and made-up logits behind other prompts."""
+        size = len(embedding)
+        rng = np.random.default_rng([size, len(texts)])
+        others = rng.normal(size=(len(texts), 2, size)) * rng.choice([0.1, 3.0, 30.0], size=(len(texts), 1, 1))
+        ends = [size - 1, 0][: (size - 1) // 3]
+        free = [token for token in range(min(size, 300)) if token not in ends]
+        answers: dict[tuple[int, ...], None] = {}
+        for text, prompt in list(zip(texts, prompts, strict=True))[::2]:
+            so_far = tuple(text[prompt:])
+            if not free or any(token >= size or token in ends for token in so_far):
+                continue
+            answers |= dict.fromkeys([so_far] if so_far and ends else [])
+            answers |= dict.fromkeys((*so_far, *rng.choice(free, rng.integers(1, 4)).tolist()) for _ in range(30))
+        return cls(texts, prompts, embedding, head, {}, others, list(answers) or [(0,)], ends)
+
 
 def scene(count: int, size: int, seed: int = 0) -> Scene:
     """Texts of few words, so that they repeat themselves; some of the words aren't in the vocabulary if that is small."""
@@ -165,7 +197,7 @@ def scene(count: int, size: int, seed: int = 0) -> Scene:
     texts = [rng.integers(rng.integers(1, 8), size=rng.integers(41)).tolist() for _ in range(count)]
     prompts = [int(rng.integers(len(text) + 1)) for text in texts]
     width = 6 if size <= 1000 else 1
-    return Scene(texts, prompts, rng.normal(size=(size, width)), rng.normal(size=(size, width)), {})
+    return Scene.of(texts, prompts, rng.normal(size=(size, width)), rng.normal(size=(size, width)))
 
 
 def rows(size: int, seed: int = 0) -> np.ndarray:
@@ -220,9 +252,11 @@ def values_of(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def processed(name: str, values: Mapping[str, Any], z: np.ndarray, around: Scene) -> np.ndarray:
     """What decal makes of the rows."""
     chain = decal.RULES[name](**values)
-    if name in MODEL:
-        chain = decal.Chain(chain.steps, around.weights)
     needs = chain.needs
+    given = {"model": "weights", "answers": "guide"}
+    chain = replace(chain, **{given[need]: getattr(around, given[need]) for need in needs & set(given)})
+    if "prompts" in needs:
+        chain = replace(chain, views=around)
     history = around.history if needs & {"history", "chance"} else None
     return chain(torch.from_numpy(z), history=history, state=chain.init(len(z)) if "state" in needs else None).numpy()
 
@@ -237,6 +271,10 @@ def wanted(name: str, values: Mapping[str, Any], row: np.ndarray, place: int, ar
         return FORMULAS[name](row, mu=2 * v["tau"], version=v["version"])
     if name == "adaptive_p":
         return FORMULAS[name](row, drawn=(), **v)
+    if name in ("ensemble", "contrast"):
+        return FORMULAS[name](row, others=around.others[place], **v)
+    if name == "guided":
+        v |= {"answers": around.answers, "ends": around.ends}
     if "history" in needs:
         v |= {"text": around.texts[place], "prompt": around.prompts[place]}
     if name == "top_w":
@@ -900,7 +938,7 @@ def real() -> tuple[np.ndarray, Scene]:
             texts.append(ids[: place + 1])
     weights = Weights.of(loaded.model)
     embedding, head = (table.double().numpy() for table in (weights.embedding, weights.head))
-    return np.stack(found), Scene(texts, [len(text) // 3 for text in texts], embedding, head, {})
+    return np.stack(found), Scene.of(texts, [len(text) // 3 for text in texts], embedding, head)
 
 
 @pytest.mark.model
