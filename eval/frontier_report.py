@@ -298,6 +298,8 @@ def _figure(run: Run, tasks: Sequence[TaskResult]) -> bytes:
                 mark = "D" if family == ORACLES[2] else None
                 style = {"linewidth": 1.4, "marker": mark, "markersize": 4}
                 (handles[family],) = axis.plot(x, y, MATPLOTLIB_DASH[dash], color=colour, **style)
+            elif is_oracle(family):
+                (handles[family],) = axis.plot(x, y, "-^", color="#daa520", markersize=4, linewidth=1)
             elif family == "greedy":
                 (handles[family],) = axis.plot(x, y, "kx", clip_on=False)
             elif family in shown:
@@ -317,7 +319,8 @@ def _figure(run: Run, tasks: Sequence[TaskResult]) -> bytes:
     for axis in list(axes.flat)[len(tasks) :]:
         axis.remove()
     figure.suptitle(f"Validity-diversity frontiers, {run.about['model']['name']}", fontsize=12)
-    order = [name for name in (*run.colours, OTHERS, *ORACLES, BOUND) if name in handles]
+    told = sorted(name for name in handles if is_oracle(name) and name not in ORACLES)
+    order = [name for name in (*run.colours, OTHERS, *ORACLES, *told, BOUND) if name in handles]
     figure.legend([handles[f] for f in order], order, loc="lower center", ncols=4 if columns > 1 else 3, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130)
