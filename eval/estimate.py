@@ -318,7 +318,7 @@ def estimate(
 
 
 def check(chains: Sequence[Chain]) -> None:
-    """Raise DecalError if a chain reads what an estimate doesn't have: all answers, or other prompts."""
+    """Raise DecalError if a chain reads what an estimate doesn't have: all the answers, not those drawn, or other prompts."""
     for chain in chains:
         for need in sorted(chain.needs & {"answers", "prompts"}):
             raise DecalError(f"{chain} reads {GIVEN[need].what}, which an estimate can't give it; use decal frontier")

@@ -22,7 +22,7 @@ from decal.kernels import dispatch, reference
 from decal.kernels.dispatch import choose
 from decal.kernels.mass import MOST_TOKENS, wide
 from decal.kernels.program import Untraceable
-from decal.samplers.context import GIVEN, Context, History, Weights
+from decal.samplers.context import GIVEN, Context, Given, History, Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Affine, Band, DenseRow, Keep, Map
 from decal.samplers.rule import Rule, Step, find
@@ -207,7 +207,14 @@ class Chain:
         """The chain, with other prompts that `ensemble` and `contrast` read: `Prompts`, or anything that gives their logits."""
         if "prompts" not in self.needs:
             raise DecalError(f"no step of {self} reads other prompts; ensemble and contrast do")
+        if not callable(getattr(views, "logits", None)):
+            raise DecalError(f"for_prompts takes decal.Prompts(...), got {type(views).__name__}")
         return replace(self, views=views)
+
+    @property
+    def missing(self) -> dict[str, Given]:
+        """What it reads and was not given, by what `needs` calls it."""
+        return {need: one for need, one in GIVEN.items() if need in self.needs and getattr(self, one.name) is None}
 
     def mask(self, logits: Tensor, *, history: History | None = None, state: State | None = None, check: bool = True) -> Tensor:
         """The logits with dropped tokens at -inf and kept ones untouched.

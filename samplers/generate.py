@@ -67,7 +67,7 @@ def generate_kwargs(
 def _following(guide: Guide, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of ``generate`` with which answers are written to their end, and nothing behind them."""
     given = kwargs.get("max_new_tokens")
-    if given is not None and given < guide.longest:
+    if isinstance(given, int) and given < guide.longest:
         raise DecalError(f"generate_kwargs: the longest answer takes {guide.longest} tokens, got max_new_tokens={given}")
     return ({"eos_token_id": list(guide.stop)} if guide.stop else {}) | kwargs
 

@@ -58,10 +58,10 @@ class Guide:
             DecalError: no tokenizer; the set is empty or too large to list; an answer can't be written; or ends can't tell
                 answers apart.
         """
-        if isinstance(answers, str):
+        if isinstance(answers, (str, bytes)) or not isinstance(answers, (ValidSet, Iterable)):
             raise DecalError(f"answers are a list of texts or a ValidSet, such as ValidSet.from_regex(...), got {answers!r}")
-        if isinstance(ends, str):
-            raise DecalError(f"ends are a list of texts, such as [{ends!r}], got {ends!r}")
+        if isinstance(ends, str) or not isinstance(ends, Sequence) or not all(isinstance(end, str) for end in ends):
+            raise DecalError(f"ends are a list of texts, such as ['<eos>'], got {ends!r}")
         if tokenizer is None:
             raise DecalError("to follow answers takes the model's tokenizer: for_answers(answers, tokenizer)")
         valid = answers if isinstance(answers, ValidSet) else ValidSet.from_list(list(answers))

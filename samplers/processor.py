@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 
 from decal.kernels import random
 from decal.samplers.chain import Chain, Seen, State
-from decal.samplers.context import GIVEN, History
+from decal.samplers.context import History
 from decal.samplers.errors import DecalError
 
 
@@ -73,9 +73,8 @@ class ChainProcessor(LogitsProcessor):
         beams: int = 1,
         seeds: Tensor | Sequence[int] | None = None,
     ):
-        for need, given in GIVEN.items():
-            if need in chain.needs and getattr(chain, given.name) is None:
-                raise DecalError(f"the chain {chain} {given.missing}")
+        for given in chain.missing.values():
+            raise DecalError(f"the chain {chain} {given.missing}")
         self.seeds = None if seeds is None else _numbers("seeds", seeds)
         self.requests = self.seeds if requests is None else _numbers("requests", requests)
         if self.seeds is not None and self.requests is not None and len(self.seeds) != len(self.requests):

@@ -46,11 +46,15 @@ class ValidSet:
     @classmethod
     def from_list(cls, answers: Sequence[str], source: str = "answers") -> ValidSet:
         """The set of the given answers. Raises DecalError on none, duplicates, or entries that aren't non-empty strings."""
+        if isinstance(answers, str):
+            raise DecalError(f"{source}: answers are a list of strings, got the string {answers!r}")
         children: list[dict[str, int]] = [{}]
         last: dict[int, int] = {}
         for number, answer in enumerate(answers, 1):
             if not isinstance(answer, str) or not answer:
                 raise DecalError(f"{source}: answer {number} must be a non-empty string, got {answer!r}")
+            if any("\ud800" <= character <= "\udfff" for character in answer):
+                raise DecalError(f"{source}: answer {number} holds half of a surrogate pair, which is no text: {answer!r}")
             node = 0
             for character in answer:
                 if character not in children[node]:

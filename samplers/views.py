@@ -65,11 +65,15 @@ class Prompts:
         blank: Sequence[str] = (),
     ):
         others = others or {}
+        if not callable(model) or not callable(tokenizer):
+            raise DecalError(
+                f"Prompts takes a model and its tokenizer, got {type(model).__name__} and {type(tokenizer).__name__}"
+            )
         if not isinstance(others, Mapping) or not (others or blank):
             raise DecalError(f"others are {{prompt: [other, ...]}}, and others or blank are needed, got {others!r}")
-        for ways in (blank, *others.values()):
-            if isinstance(ways, str) or not all(isinstance(text, str) for text in ways):
-                raise DecalError(f"other prompts are lists of texts, got {ways!r}")
+        for ways in (list(others), blank, *others.values()):
+            if isinstance(ways, str) or not isinstance(ways, Sequence) or not all(isinstance(text, str) for text in ways):
+                raise DecalError(f"prompts are texts, and other prompts lists of texts, got {ways!r}")
         counts = {len(ways) for ways in others.values()}
         if len(counts) > 1 or 0 in counts:
             raise DecalError(f"every prompt needs the same number of other ways to ask, at least 1, got {sorted(counts)}")

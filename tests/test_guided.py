@@ -135,6 +135,16 @@ def test_what_goes_wrong_is_said():
         estimate.check([decal.temperature(2) | guided(0.5)])
     with pytest.raises(DecalError, match="non-empty string"):
         guided().for_answers(["red", ""], TOKENIZER)
+    for answers in (None, 7, b"red"):
+        with pytest.raises(DecalError, match="answers are a list of texts"):
+            guided().for_answers(answers, TOKENIZER)
+    for ends in (None, [3], "<eos>"):
+        with pytest.raises(DecalError, match="ends are a list of texts"):
+            guided().for_answers(["red"], TOKENIZER, ends=ends)
+    with pytest.raises(DecalError, match="surrogate"):
+        guided().for_answers(["r\ud800"], TOKENIZER)
+    with pytest.raises(DecalError, match="got the string 'abc'"):
+        ValidSet.from_list("abc")
     with pytest.raises(DecalError, match="stops at 200000"):
         guided().for_answers(ValidSet.digits(6), TOKENIZER)
     with pytest.raises(DecalError, match="ends are a list"):

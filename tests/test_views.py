@@ -146,6 +146,14 @@ def test_what_goes_wrong_is_said():
     for nothing in (None, {}, ["a"]):
         with pytest.raises(DecalError, match="others or blank are needed"):
             Prompts(made, TOKENIZER, nothing)
+    for others, blank in (({"a": None}, ()), ({1: ["b"]}, ()), ({"a": ["b"]}, None), ({"a": ["b"]}, "c")):
+        with pytest.raises(DecalError, match="lists of texts"):
+            Prompts(made, TOKENIZER, others, blank)
+    for pair in ((None, TOKENIZER), (made, None)):
+        with pytest.raises(DecalError, match="takes a model and its tokenizer"):
+            Prompts(*pair, {"a": ["b"]})
+    with pytest.raises(DecalError, match=r"takes decal\.Prompts"):
+        ensemble().for_prompts(3)
     with pytest.raises(DecalError, match="no step of min_p"):
         decal.min_p(0.1).for_prompts(Prompts(made, TOKENIZER, {"a": ["b"]}))
     wide = ensemble().for_prompts(Prompts(made, TOKENIZER, {"a": ["b"]}))
