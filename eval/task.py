@@ -180,17 +180,16 @@ class Question:
                 yield text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def other_prompts(self, number: int, tokenizer: Any, seed: int) -> dict[str, list[list[int]]]:
-        """For prompt ``number`` of `prompts`: ``others``, the same exemplars in the task's other phrasings, and ``blank``.
+        """For prompt ``number`` of `prompts`: ``others``, all the others, which differ in wording, exemplars or both, and
+        ``blank``.
 
         Raises:
-            DecalError: the task isn't put few-shot, or has one phrasing only.
+            DecalError: the task has one prompt only.
         """
-        ways = self.task.ways
-        if self.task.form != "few_shot" or len(ways) < 2:
-            raise DecalError(f"{self.task.name}: other prompts are taken from phrasings of few-shot tasks, and it has none")
-        others = [way for way in ways if way is not ways[number % len(ways)]]
-        texts = {"others": [self._few_shot(way, np.random.default_rng([seed, number])) for way in others], "blank": [BLANK]}
-        return {kind: [tokenizer(text)["input_ids"] for text in several] for kind, several in texts.items()}
+        every = [ids for _, ids in self.prompts(tokenizer, seed)]
+        if len(every) < 2:
+            raise DecalError(f"{self.task.name}: has one prompt only, so there are no others to read; give it phrasings or draws")
+        return {"others": every[:number] + every[number + 1 :], "blank": [tokenizer(BLANK)["input_ids"]]}
 
     def _few_shot(self, way: Phrasing, rng: np.random.Generator) -> str:
         shots = self.task.shots

@@ -173,12 +173,12 @@ def test_what_goes_wrong_is_said():
         others[0] | others[1]
 
 
-def test_the_evaluator_reads_the_other_phrasings(tmp_path, monkeypatch):
+def test_the_evaluator_reads_the_other_prompts_of_a_task(tmp_path, monkeypatch):
     """Probability of every answer under a chain with both rules, against plain forward passes of every prompt by itself."""
     monkeypatch.setenv("DECAL_CACHE", str(tmp_path))
     names = ["ab", "abc", "b", "cab"]
     ways = [{"label": "y:"}, {"label": "any of them:"}]
-    task = Task(name="t", label="x:", phrasings=ways, answers=Answers(list=names), shots=2, draws=2)
+    task = Task(name="t", label="x:", phrasings=ways, answers=Answers(list=names), shots=2, draws=3)
     question = Question(task, ValidSet.from_list(names))
     tokenizer = tiny.byte_level()
     made = tiny.llama(len(tokenizer))
@@ -210,6 +210,6 @@ def test_the_evaluator_reads_the_other_phrasings(tmp_path, monkeypatch):
         assert result.validity[0, number] == pytest.approx(mass, rel=1e-6)
     again = evaluation.run(question)
     np.testing.assert_array_equal(again.validity, result.validity)
-    alone = Question(task.model_copy(update={"phrasings": []}), question.valid)
-    with pytest.raises(DecalError, match="phrasings of few-shot tasks"):
+    alone = Question(task.model_copy(update={"draws": 1}), question.valid)
+    with pytest.raises(DecalError, match="one prompt only"):
         evaluation.check(alone)
