@@ -36,6 +36,7 @@ ROWS = Path(__file__).parent / "catalogue_rows.safetensors"
 
 GROUPS = {
     "truncation": "Cuts: the most probable tokens, down to some level",
+    "calibrated": "Cuts at an estimated validity",
     "reshaping": "Reshaping: what is kept gets other probabilities",
     "simplex": "Laws that solve a problem on the simplex",
     "history": "Rules that look back, or toss a coin",

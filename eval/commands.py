@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ import decal
 from decal.samplers.errors import DecalError
 
 if TYPE_CHECKING:
-    from decal.eval.frontier import Evaluation
+    from decal.eval.frontier import Evaluation, TaskResult
     from decal.eval.task import Question
 
 WIDTH_OF_A_PIPE = 160
@@ -37,32 +37,40 @@ def cli() -> None:
     """Measure what decoding strategies do to a model's validity and diversity."""
 
 
-def _asks(command: Any) -> Any:
-    """The options of commands that put tasks to a model."""
-    options = (
-        click.option(
-            "--model", default="smollm2", show_default=True, help="A built-in name, hub id, local folder or GGUF file."
-        ),
-        click.option("--task", "tasks", multiple=True, help="A built-in task or a YAML file; may be repeated."),
-        click.option(
-            "--grid",
-            "grid_name",
-            default="quick",
-            show_default=True,
-            help="The settings to try: quick (every rule), all (slow rules too), paper (arXiv 2605.11128), or a file.",
-        ),
-        click.option("--floor", default=0.8, show_default=True, help="Validity in (0, 1] at which samplers are compared."),
-        click.option("--form", type=click.Choice(FORMS), help="How to put every task; by default as the task says."),
-        click.option("--draws", type=click.IntRange(1, 1000), help="Few-shot prompts to average over."),
-        click.option("--seed", default=0, show_default=True, help="Decides the exemplars of few-shot prompts."),
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto."),
-        click.option("--dtype", default=None, help="float32 (default), bfloat16 or float16."),
-        click.option("--cache/--no-cache", default=True, show_default=True, help="Keep logits on disk for the next run."),
-        click.option("--accept-licence", is_flag=True, help="Accept the licence of a built-in model that asks for it."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+def _options(*options: Any) -> Callable[[Any], Any]:
+    """Several options, in this order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_puts_tasks = _options(
+    click.option("--model", default="smollm2", show_default=True, help="A built-in name, hub id, local folder or GGUF file."),
+    click.option("--task", "tasks", multiple=True, help="A built-in task or a YAML file; may be repeated."),
+    click.option("--form", type=click.Choice(FORMS), help="How to put every task; by default as the task says."),
+    click.option("--draws", type=click.IntRange(1, 1000), help="Few-shot prompts to average over."),
+    click.option("--seed", default=0, show_default=True, help="Decides the exemplars of few-shot prompts."),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto."),
+    click.option("--dtype", default=None, help="float32 (default), bfloat16 or float16."),
+    click.option("--cache/--no-cache", default=True, show_default=True, help="Keep logits on disk for the next run."),
+    click.option("--accept-licence", is_flag=True, help="Accept the licence of a built-in model that asks for it."),
+)
+"""The options of commands that put tasks to a model."""
+
+_tries_a_grid = _options(
+    click.option(
+        "--grid",
+        "grid_name",
+        default="quick",
+        show_default=True,
+        help="The settings to try: quick (every rule), all (slow rules too), paper (arXiv 2605.11128), or a file.",
+    ),
+    click.option("--floor", default=0.8, show_default=True, help="Validity in (0, 1] at which samplers are compared."),
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +91,7 @@ class _Asked:
 def _ask(
     out: Path,
     model: str,
-    tasks: tuple[str, ...],
-    grid_name: str,
-    floor: float,
+    tasks: Sequence[str],
     form: str | None,
     draws: int | None,
     seed: int,
@@ -93,7 +99,13 @@ def _ask(
     dtype: str | None,
     cache: bool,
     accept_licence: bool,
+    *,
+    floor: float,
+    grid_name: str | None = None,
+    drawn: Mapping[str, Any] | None = None,
+    floor_name: str = "--floor",
 ) -> _Asked:
+    """Check a request and load the model. The settings are those of a grid, or as many ``drawn`` as `grid.drawn` is told."""
     start = time.monotonic()
     from decal.eval import grid, models, task
     from decal.eval.frontier import Evaluation
@@ -101,10 +113,10 @@ def _ask(
 
     # Everything that can be wrong with the request is found before the model is loaded.
     if not 0 < floor <= 1:
-        raise DecalError(f"--floor must be in (0, 1], got {floor:g}")
+        raise DecalError(f"{floor_name} must be in (0, 1], got {floor:g}")
     if seed < 0:
         raise DecalError(f"--seed must be at least 0, got {seed}")
-    settings = grid.load(grid_name)
+    settings = grid.load(grid_name) if grid_name else grid.drawn(seed=seed, **(drawn or {}))
     questions = [task.load(name, form=form, draws=draws) for name in tasks or task.DEFAULT_TASKS]
     for question in questions:
         check_size(question.valid)
@@ -121,14 +133,26 @@ def _ask(
         "decal": decal.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "note": loaded.note},
-        "grid": grid_name,
+        **({"grid": grid_name} if grid_name else drawn or {}),
         "seed": seed,
     }
     return _Asked(evaluation, questions, about, floor, start)
 
 
+def _run_tasks(job: _Asked) -> list[TaskResult]:
+    """Evaluate every task, with progress."""
+    results = []
+    with _progress(len(job.questions)) as (report_to, task_done):
+        job.evaluation.report = report_to
+        for question in job.questions:
+            results.append(job.evaluation.run(question))
+            task_done()
+    return results
+
+
 @cli.command()
-@_asks
+@_puts_tasks
+@_tries_a_grid
 @click.option(
     "--out", default="decal-frontier", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
 )
@@ -141,12 +165,7 @@ def frontier(out: Path, **asked: Any) -> None:
     from decal.eval import frontier_report as pages
 
     job = _ask(out, **asked)
-    results = []
-    with _progress(len(job.questions)) as (report_to, task_done):
-        job.evaluation.report = report_to
-        for question in job.questions:
-            results.append(job.evaluation.run(question))
-            task_done()
+    results = _run_tasks(job)
     run = pages.Run(job.done(), results, job.floor)
     files = pages.write(run, out)
     console = _console()
@@ -156,7 +175,8 @@ def frontier(out: Path, **asked: Any) -> None:
 
 
 @cli.command()
-@_asks
+@_puts_tasks
+@_tries_a_grid
 @click.option(
     "--out", default="decal-diagnosis", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
 )
@@ -183,6 +203,80 @@ def diagnose(out: Path, swept: int | None, **asked: Any) -> None:
     console.print(f"{job.evaluation.model.name}, grid {run.about['grid']}, seed {run.about['seed']}\n", highlight=False)
     pages.print_table(run, console)
     console.print(f"{len(files)} files in {out}, the one to open is {out / 'diagnosis.html'}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@_puts_tasks
+@click.option("--min-validity", "floor", default=0.8, show_default=True, help="Mean validity in (0, 1] that a chain must have.")
+@click.option("--budget", default=64, show_default=True, type=click.IntRange(4, 4096), help="Settings of every sampler.")
+@click.option("--read-prompts", is_flag=True, help="Try cuts on what all prompts of a task say together, too.")
+@click.option(
+    "--promise",
+    "over",
+    type=click.Choice(("prompts", "tasks")),
+    default="prompts",
+    show_default=True,
+    help="What a promise is about: further prompts of these tasks, or further tasks like these.",
+)
+@click.option(
+    "--out", default="decal-tuning", show_default=True, type=click.Path(path_type=Path), help="Folder for the results."
+)
+def tune(out: Path, budget: int, read_prompts: bool, over: str, **asked: Any) -> None:
+    """Find the chain to use for your tasks at a validity.
+
+    Every sampler gets the same number of settings; the most diverse one with the validity asked for is printed, with what it
+    does on prompts that had no part in choosing it, and whether that can be promised. Writes tuning.json, settings.parquet,
+    tuning.png and tuning.html.
+    """
+    from decal.eval import tune as tuning
+    from decal.eval import tune_report as pages
+
+    drawn = {"budget": budget, "prompts": read_prompts}
+    job = _ask(out, **asked, drawn=drawn, floor_name="--min-validity")
+    results = tuning.Results.of(_run_tasks(job))
+    run = pages.TuneRun(job.done(), results, tuning.tune(results, job.floor, over))
+    files = pages.write(run, out)
+    console = _console()
+    console.print(
+        f"{job.evaluation.model.name}, {budget} settings of every sampler, seed {run.about['seed']}\n", highlight=False
+    )
+    pages.print_table(run, console)
+    console.print(f"\n{len(files)} files in {out}, the one to open is {out / pages.PAGE}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@_puts_tasks
+@click.option("--budget", default=32, show_default=True, type=click.IntRange(4, 4096), help="Settings of every sampler.")
+@click.option("--read-prompts", is_flag=True, help="Try cuts on what all prompts of a task say together, too.")
+@click.option(
+    "--out", default="calibration.json", show_default=True, type=click.Path(path_type=Path), help="The file to write."
+)
+def calibrate(out: Path, budget: int, read_prompts: bool, tasks: tuple[str, ...], draws: int | None, **asked: Any) -> None:
+    """Fit calibrated rules to a model, on tasks whose valid answers are known.
+
+    By default on all built-in tasks of few prefixes, three prompts each. Fits the estimate of validity, chooses a chain for
+    validity .5, .8 and .9, and levels at which invalidity is controlled, and says how each does on tasks left out. Writes one
+    JSON file for decal.calibrated.load.
+    """
+    from decal.eval import calibrate as calibration
+    from decal.eval import task
+    from decal.eval.paths import atomic_write
+
+    if out.is_dir():
+        raise DecalError(f"--out must be a file, {out} is a folder")
+    drawn = {"budget": budget, "prompts": read_prompts, "rules": calibration.RULES}
+    names = tasks or [name for name in task.builtin_names() if calibration.affordable(task.load(name))]
+    job = _ask(out.absolute().parent, tasks=names, draws=draws or 3, floor=0.8, drawn=drawn, **asked)
+    loaded, build = job.evaluation.model, job.evaluation.builder.build
+    small = [q for q in job.questions if len(build(q.valid, q.policy)[0]) <= calibration.MOST_PREFIXES]
+    questions = job.questions if tasks else small
+    with _progress(2 * len(questions) + len(questions) // 2) as (report_to, task_done):
+        fitting = calibration.Fitting(loaded, job.evaluation.settings, job.evaluation.seed, job.evaluation.cache, report_to)
+        about = {"model": loaded.name, "tasks": [q.task.name for q in questions], "prompts": draws or 3, "note": loaded.note}
+        found = calibration.calibrate(fitting, questions, job.about | about, task_done)
+    atomic_write(out, calibration.written(found))
+    calibration.print_report(found, _console())
+    _console().print(f"\nwritten to {out}", highlight=False, soft_wrap=True)
 
 
 @cli.command()

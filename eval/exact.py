@@ -396,7 +396,7 @@ class _Run:
             if after is None:
                 return self._compact(given, step, falls, odds)
             odds = odds * _odds(given.chances, given.coin)
-            self._remember(step, given)
+            self._remember(step, given, one)
             rows = after
         return rows.log_probability(self.which, self.column).exp() * odds[self.which]
 
@@ -423,7 +423,7 @@ class _Run:
                 state = self._state(step)
                 if "chance" in one.rule.needs and (step > start or compact.coin is None):
                     compact = compact.tossing(left.pop(0))
-                self._remember(step, compact, which, column, slice(first_, first_ + size))
+                self._remember(step, compact, one, which, column, slice(first_, first_ + size))
                 compact = compact.after(one, state and {name: v[some] for name, v in state.items()})
                 chance = chance * _odds(compact.chances, compact.coin)
             share[first_ : first_ + size] = compact.log_probability(which, column).exp() * chance[which]
@@ -472,6 +472,7 @@ class _Run:
         self,
         step: int,
         rows: RankedRow | CompactRow,
+        one: Step,
         which: Tensor | None = None,
         column: Tensor | None = None,
         settings: slice | None = None,
@@ -489,7 +490,9 @@ class _Run:
         values = {name: v[inner] if isinstance(v, Tensor) else v for name, v in self.g.values[step].items()}
         values = {n: v[:, parent] if isinstance(v, Tensor) and v.shape[1] > 1 else v for n, v in values.items()}
         old = {name: v[inner][:, parent] for name, v in table.items()}
-        new = feedback.update(old, logp, **values)
+        row = rows if isinstance(rows, RankedRow) else rows.dense()
+        notes = feedback.notes and {name: v[which[:, onward], 0] for name, v in feedback.notes(row, **one.values).items()}
+        new = feedback.after(old, logp, notes, values)
         for name in table:
             table[name][inner[:, None], torch.from_numpy(child)] = torch.where(logp.isfinite(), new[name], old[name])
         known[child] = True

@@ -98,12 +98,80 @@ def _both_orders(rule: Rule, values: Sequence[tuple[Any, ...]], temperatures: Se
     ]
 
 
+RANGE = (0.5, 3.0)
+"""Temperatures that settings are drawn from, evenly in logarithm."""
+
+READ = ("min_p", "top_p", "top_k", "top_n_sigma")
+"""Cuts that are tried on what several prompts say together."""
+
+
+def drawn(budget: int, seed: int = 0, *, prompts: bool = False, rules: Sequence[str] = ()) -> list[Setting]:
+    """``budget`` settings of every sampler, spread evenly over what its parameters declare worth comparing (Halton's sequence).
+
+    They are drawn before anything is seen, so what is chosen among them on some prompts can be judged on others. Cuts stand
+    before or after a temperature, other rules behind a cut of `PARTNER`, slow rules are left out.
+
+    Args:
+        prompts: whether to try the cuts of `READ` on the mean over other prompts too.
+        rules: names of the rules to try beside plain temperature; all, if none are given.
+    """
+    spread = [_Axis.of(RANGE), _Axis.of((0.0, 1.0))]
+    settings = [Setting("temperature", find("temperature")(t)) for (t,) in _points([_Axis.of((0.3, 3.0))], budget, seed)]
+    for rule in [find(name) for name in rules] or _tried(slow=False):
+        own = {name: _Axis.of(p.sweep, getattr(p, "integer", False)) for name, p in rule.params.items() if len(p.sweep) > 1}
+        if rule.kind in ("truncation", "band", "projection"):
+            for t, side, *values in _points([*spread, *own.values()], budget, seed):
+                cut = rule(**dict(zip(own, values, strict=True)))
+                heat = find("temperature")(t)
+                settings.append(Setting(rule.name, heat | cut if side < 0.5 and not rule.scale else cut | heat))
+                if prompts and rule.name in READ:
+                    read = find("ensemble")(float(f"{side:.3g}"))
+                    settings.append(Setting(f"ensemble | {rule.name}", read | cut | heat))
+        else:
+            for p, *values in _points([_Axis.of((CUTS[-1], CUTS[0])), *own.values()], budget, seed):
+                chain = find(PARTNER)(p) | rule(**dict(zip(own, values, strict=True)))
+                settings.append(Setting(f"{PARTNER} | {rule.name}", chain))
+    return settings
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Where a parameter's values are drawn from: evenly, or evenly in logarithm where they span a lot."""
+
+    low: float
+    high: float
+    integer: bool = False
+
+    @classmethod
+    def of(cls, sweep: Sequence[Any], integer: bool = False) -> _Axis:
+        return cls(float(min(sweep)), float(max(sweep)), integer)
+
+    def at(self, share: float) -> float:
+        """The value at a share in [0, 1), to three digits."""
+        if self.low > 0 and self.high / self.low > 4:
+            value = self.low * (self.high / self.low) ** share
+        else:
+            value = self.low + (self.high - self.low) * share
+        return round(value) if self.integer else float(f"{value:.3g}")
+
+
+def _points(axes: Sequence[_Axis], count: int, seed: int) -> list[list[float]]:
+    from scipy.stats import qmc
+
+    shares = qmc.Halton(len(axes), seed=seed).random(count)
+    return [[axis.at(share) for axis, share in zip(axes, point, strict=True)] for point in shares.tolist()]
+
+
+def _tried(slow: bool) -> list[Rule]:
+    """The rules that samplers are compared by."""
+    left_out = {"answers", "prompts"}
+    return [r for r in RULES.values() if r.name != "temperature" and (slow or not r.slow) and not r.needs & left_out]
+
+
 def _every_rule(slow: bool) -> list[Setting]:
     settings: list[Setting] = []
     partner = find(PARTNER)
-    for rule in RULES.values():
-        if rule.name == "temperature" or (rule.slow and not slow) or rule.needs & {"answers", "prompts"}:
-            continue
+    for rule in _tried(slow):
         # A parameter without values worth comparing stays at its default.
         values = list(itertools.product(*(p.sweep or (p.default,) for p in rule.params.values())))
         if rule.kind in ("truncation", "band", "projection"):

@@ -402,9 +402,13 @@ class CompactRow:
     def coin(self) -> bool | None:
         return None if self._context is None else self._context.coin
 
+    def dense(self, state: Mapping[str, Tensor] | None = None) -> DenseRow:
+        """The rows as a rule sees them."""
+        return DenseRow(self.z, reference, self._context, state, self._tokens, self._place)
+
     def after(self, step: Step, state: Mapping[str, Tensor] | None) -> CompactRow:
         """The rows after ``step``, whose parameters and ``state`` are per row."""
-        row = DenseRow(self.z, reference, self._context, state, self._tokens, self._place)
+        row = self.dense(state)
         z = transform(self.z, step.answer(row, self.z), row)
         changed = CompactRow(z, self.lo, self._place, self._tokens, self._context)
         changed.chances = row.chances

@@ -188,7 +188,9 @@ class Question:
         """
         every = [ids for _, ids in self.prompts(tokenizer, seed)]
         if len(every) < 2:
-            raise DecalError(f"{self.task.name}: has one prompt only, so there are no others to read; give it phrasings or draws")
+            raise DecalError(
+                f"{self.task.name}: has one prompt only, so there are no others to read; give it phrasings or draws"
+            )
         return {"others": every[:number] + every[number + 1 :], "blank": [tokenizer(BLANK)["input_ids"]]}
 
     def _few_shot(self, way: Phrasing, rng: np.random.Generator) -> str:

@@ -324,9 +324,11 @@ class Chain:
             step, old = self.steps[number], state[number]
             old = old and {name: v.to(z_BV) for name, v in old.items()}
             logp = z_BV.gather(-1, tokens.to(z_BV.device)[:, None]) - z_BV.logsumexp(-1, keepdim=True)
-            assert step.rule.feedback is not None
+            feedback, values = step.rule.feedback, step.numbers(z_BV)
+            assert feedback is not None
             assert old is not None
-            updated = step.rule.feedback.update(old, logp, **step.numbers(z_BV))
+            notes = feedback.notes and feedback.notes(DenseRow(z_BV, reference), **values)
+            updated = feedback.after(old, logp, notes, values)
             new[number] = {name: torch.where(logp.isfinite(), updated[name], old[name]) for name in old}
         return tuple(new)
 

@@ -223,10 +223,17 @@ class Feedback(NamedTuple):
         init: ``init(**values) -> {name: (B, 1)}``, before the first token; the body reads it as ``row.state``.
         update: ``update(state, logp, **values)``, after a token of log-probability ``logp`` (B, 1), in nats, in the row that
             the rule was given, before it changed anything.
+        notes: ``notes(row, **values) -> {name: (B, 1)}``, what update wants to know of that row, as the argument ``notes``; it
+            may ask for statistics that the body asks for too.
     """
 
     init: Callable[..., State]
     update: Callable[..., State]
+    notes: Callable[..., Mapping[str, Tensor]] | None = None
+
+    def after(self, state: State, logp: Tensor, notes: Mapping[str, Tensor] | None, values: Mapping[str, Any]) -> State:
+        """The state after a token; ``notes`` of the row it was drawn from, if this has such."""
+        return self.update(state, logp, **({} if notes is None else {"notes": notes}), **values)
 
 
 @dataclass(frozen=True, eq=False)

@@ -595,6 +595,36 @@ def adaptive_p(z: Row, target: float, drawn: Sequence[float], decay: float) -> A
     return reshaped(z, bell(z, min(max(2 * target - average, 0.0), 1.0)))
 
 
+# ---- calibrated
+
+
+def estimated_validity(z: Row, offset: float, gap: float, entropy: float, peak: float, spread: float) -> np.ndarray:
+    """Log odds of every token."""
+    alive = z[np.isfinite(z)]
+    shape = entropy * exact_entropy(z) + peak * math.log(probabilities(z).max()) + spread * float(alive.std())
+    return offset + gap * (z - z.max()) + shape
+
+
+def of_odds(z: Row, odds: np.ndarray, needed: float) -> Answer:
+    kept = np.isfinite(z) & (odds >= needed) | (z == z.max())
+    close = np.isclose(odds, needed, rtol=CLOSE, atol=CLOSE) & (z < z.max()) if math.isfinite(needed) else nothing(z)
+    return cut(z, kept, close)
+
+
+def min_validity(z: Row, level: float, **weights: float) -> Answer:
+    with np.errstate(divide="ignore"):
+        return of_odds(z, estimated_validity(z, **weights), float(np.log(level) - np.log1p(-level)))
+
+
+def risk_budget(z: Row, risk: float, share: float, drawn: Sequence[float], **weights: float) -> Answer:
+    """``drawn`` are the log odds of the tokens so far."""
+    left = math.inf if risk == 1 else -math.log1p(-risk)
+    for odds in drawn:
+        left = max(left - math.log1p(math.exp(-odds)), 0.0)
+    with np.errstate(divide="ignore"):
+        return of_odds(z, estimated_validity(z, **weights), float(-np.log(np.expm1(share * left))))
+
+
 # ---- embeddings
 
 
@@ -711,6 +741,6 @@ FORMULAS: dict[str, Callable[..., Any]] = {
         *(mirostat_k, temperature, flatten, dynamic_temperature, edt, quadratic, target_entropy, cap, power_law, skew),
         *(sparsemax, entmax, l0_bregman, best_of_k),
         *(repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram, dry, xtc, mirostat, adaptive_p),
-        *(top_w, basis_aware, guided, ensemble, contrast),
+        *(min_validity, risk_budget, top_w, basis_aware, guided, ensemble, contrast),
     )
 }

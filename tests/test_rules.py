@@ -114,6 +114,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "mirostat": [{"tau": tau, "version": v} for v in ("1", "2") for tau in (0.0, 0.5, 2.0, 5.0)],
     "adaptive_p": [{"target": t, "decay": d} for t, d in ((0.0, 0.5), (0.3, 0.0), (0.9, 0.99))],
+    "min_validity": [
+        *({"level": level} for level in (1e-9, 0.02, 0.5, 0.9, 0.999, 1.0)),
+        {"level": 0.4, "offset": -1.0, "gap": 2.0, "entropy": 0.3, "peak": 0.5, "spread": -0.2},
+    ],
+    "risk_budget": [
+        *({"risk": risk, "share": share} for risk, share in ((0.0, 1), (0.1, 0.5), (0.5, 1), (0.99, 0.3), (1, 1))),
+        {"risk": 0.6, "share": 0.7, "offset": 0.5, "gap": 1.0, "entropy": 0.1, "peak": 0.5, "spread": 0.3},
+    ],
     "top_w": [
         {"beta": b, "lam": lam, "geometry": g, "pool": p, "rounds": r}
         for b, lam, g, p, r in (
@@ -269,7 +277,7 @@ def wanted(name: str, values: Mapping[str, Any], row: np.ndarray, place: int, ar
         return FORMULAS[name](row, threshold=v["threshold"], happens=v["probability"] == 1, spared=v["spared"])
     if name == "mirostat":
         return FORMULAS[name](row, mu=2 * v["tau"], version=v["version"])
-    if name == "adaptive_p":
+    if name in ("adaptive_p", "risk_budget"):
         return FORMULAS[name](row, drawn=(), **v)
     if name in ("ensemble", "contrast"):
         return FORMULAS[name](row, others=around.others[place], **v)

@@ -11,6 +11,7 @@ how to reshape), ``decal.eval`` (what that does to validity and diversity; needs
 """
 
 from decal import samplers as samplers
+from decal.samplers import calibrated as calibrated
 from decal.samplers.chain import Chain as Chain
 from decal.samplers.chain import from_json as from_json
 from decal.samplers.chain import parse as parse
@@ -54,4 +55,4 @@ def __dir__() -> list[str]:
 
 _load_plugins()  # last, because they import this package
 
-__all__ = [name for name in __dir__() if not name.startswith("_") and name != "samplers"]
+__all__ = [name for name in __dir__() if not name.startswith("_") and name not in ("samplers", "calibrated")]

@@ -1,0 +1,347 @@
+"""Fit what calibrated rules need, on tasks with known valid answers: weights of the validity estimate, chains, risk levels.
+
+Everything that is said of new tasks comes from tasks that had no part in it: weights are fitted by folds of tasks, a chain is
+chosen without each task in turn, and risk is controlled on tasks that the weights were not fitted on.
+
+Legend: S settings, T tasks, D prompts of each task, N tokens, L levels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from decal.eval.exact import Interest, Rows
+from decal.eval.forward import needed
+from decal.eval.frontier import Evaluation, TaskResult
+from decal.eval.grid import Setting
+from decal.eval.models import LoadedModel
+from decal.eval.task import Question
+from decal.eval.tune import Results
+from decal.samplers import calibrated
+from decal.samplers.calibrated import Advised, Calibration
+from decal.samplers.chain import Chain
+from decal.samplers.errors import DecalError
+from decal.samplers.rule import find
+from decal.samplers.trie import TokenTrie
+
+FEATURES = (("gap",), ("gap", "entropy"), ("gap", "peak"), ("gap", "spread"), ("gap", "entropy", "peak", "spread"))
+"""What the estimate may read; the set with the least log loss on tasks left out is taken."""
+
+WEIGHTS = ("gap", "entropy", "peak", "spread")
+HEAD = 64
+"""Most probable tokens of a row that are looked at, beside the valid ones."""
+
+REACH = 10.0
+"""Tokens further below the most probable one, in nats, are left out: no cut of use keeps them."""
+
+FOLDS = 5
+FLOORS = (0.5, 0.8, 0.9)
+EPSILONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+LEVELS = (*(float(f"{1 / (1 + np.exp(-x)):.4g}") for x in np.linspace(-4, 5, 24)), 1.0)
+"""(L,) ascending levels of the estimate at which risk is looked at; at 1 only the most probable token stays."""
+
+MOST_PREFIXES = 150
+"""Prefixes of a built-in task that is used without being asked for; with more the evaluation takes long."""
+
+RULES = ("top_k", "top_p", "min_p", "top_n_sigma", "eta", "min_validity", "risk_budget")
+"""Rules that chains are chosen among, beside plain temperature."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of a prompt's rows, as the estimate sees them.
+
+    Attributes:
+        features: (N, 4), in the order of `WEIGHTS`.
+        valid: (N,) whether a valid answer goes on, or ends, with the token.
+        weight: (N,) sums to 1; every row counts alike.
+    """
+
+    features: np.ndarray
+    valid: np.ndarray
+    weight: np.ndarray
+
+    @classmethod
+    def of(cls, trie: TokenTrie, rows: Rows) -> Sample:
+        """From the logits of a trie's nodes."""
+        interest = Interest.of(trie)
+        valid_of: dict[int, list[int]] = {}
+        for node, token, kind in zip(interest.node.tolist(), interest.token.tolist(), interest.kind.tolist(), strict=True):
+            if kind != 2:
+                valid_of.setdefault(node, []).append(token)
+        features, valid, weight = [], [], []
+        for nodes, logits in rows:
+            for node, row in zip(nodes, logits, strict=True):
+                if not needed(trie, node):
+                    continue
+                log_p = row.double().log_softmax(-1)
+                shape = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(), log_p.max(), row.double().std(correction=0)
+                good = torch.tensor(valid_of[node])
+                tokens = torch.unique(torch.cat([good, log_p.topk(min(HEAD, len(log_p))).indices]))
+                gap = log_p[tokens] - log_p.max()
+                near = gap > -REACH
+                features.append(torch.stack([gap, *(v.expand(len(gap)) for v in shape)], -1)[near])
+                valid.append(torch.isin(tokens, good)[near])
+                weight.append(torch.full((int(near.sum()),), 1 / max(int(near.sum()), 1), dtype=torch.float64))
+        weights = torch.cat(weight).numpy()
+        return cls(torch.cat(features).numpy(), torch.cat(valid).numpy(), weights / weights.sum())
+
+
+def fit(samples: Sequence[Sample], features: Sequence[str] = WEIGHTS) -> dict[str, float]:
+    """Weights of `decal.samplers.calibrated.min_validity`: a logistic regression, every prompt counting alike.
+
+    Raises:
+        DecalError: the odds don't fall with the distance to the most probable token, so there is nothing to cut at.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    columns = [WEIGHTS.index(name) for name in features]
+    x = np.concatenate([s.features[:, columns] for s in samples])
+    valid = np.concatenate([s.valid for s in samples])
+    weight = np.concatenate([s.weight for s in samples])
+    if valid.all() or not valid.any():
+        raise DecalError("to fit a validity estimate takes tokens that are valid and some that aren't")
+    scale = x.std(0) + 1e-12
+    model = LogisticRegression(C=100.0, max_iter=2000, tol=1e-8).fit(x / scale, valid, weight * len(valid) / weight.sum())
+    found = dict.fromkeys(WEIGHTS, 0.0) | dict(zip(features, (model.coef_[0] / scale).tolist(), strict=True))
+    if found["gap"] < 1e-3:
+        raise DecalError("on these tasks tokens are not likelier to be valid the more probable they are: nothing to cut at")
+    return {name: float(f"{v:.6g}") for name, v in {"offset": float(model.intercept_[0]), **found}.items()}
+
+
+def log_loss(weights: Mapping[str, float], sample: Sample) -> float:
+    """Mean over tokens of a prompt of -log of the estimated probability of what is true, in nats."""
+    odds = weights["offset"] + sample.features @ np.asarray([weights[name] for name in WEIGHTS])
+    return float((np.logaddexp(0, np.where(sample.valid, -odds, odds)) * sample.weight).sum())
+
+
+def folds(count: int, number: int = FOLDS, seed: int = 0) -> np.ndarray:
+    """(count,) the fold of each task, of nearly equal sizes, at random."""
+    return np.random.default_rng(seed).permutation(np.arange(count) % min(number, count))
+
+
+def by_folds(samples: Sequence[Sequence[Sample]], fold: np.ndarray, features: Sequence[str]) -> list[dict[str, float]]:
+    """For each task, weights fitted on the tasks of other folds."""
+    fitted = {k: fit([s for t, task in enumerate(samples) if fold[t] != k for s in task], features) for k in set(fold.tolist())}
+    return [fitted[k] for k in fold.tolist()]
+
+
+def choose_features(samples: Sequence[Sequence[Sample]], fold: np.ndarray) -> dict[str, float]:
+    """Log loss on tasks left out of every set of `FEATURES`, and of a constant, by name."""
+    every = [(s, t) for t, task in enumerate(samples) for s in task]
+    share = float(np.mean([s.weight[s.valid].sum() for s, _ in every]))
+    losses = {"constant": float(-(share * np.log(share) + (1 - share) * np.log(1 - share)))}
+    for features in FEATURES:
+        weights = by_folds(samples, fold, features)
+        losses[" ".join(features)] = float(np.mean([log_loss(weights[t], s) for s, t in every]))
+    return losses
+
+
+def best(losses: Mapping[str, float]) -> list[str]:
+    """The features of least log loss."""
+    return min((name for name in losses if name != "constant"), key=lambda name: losses[name]).split()
+
+
+def with_weights(chain: Chain, weights: Mapping[str, float]) -> Chain:
+    """A chain with these weights of the estimate in every step that reads it."""
+    steps = [s.rule.step(**{**s.values, **weights}) if set(WEIGHTS) <= set(s.rule.params) else s for s in chain.steps]
+    return replace(chain, steps=tuple(steps))
+
+
+def score(results: Results, floor: float) -> np.ndarray:
+    """(S, T) mean over prompts of the diversity where the validity reaches the floor, and of 0 where it doesn't."""
+    return np.where(results.validity >= floor - 1e-9, results.diversity, 0.0).mean(-1)
+
+
+def left_out(scores: np.ndarray, groups: Sequence[Sequence[int]] | None = None) -> np.ndarray:
+    """(T,) the setting of largest mean score over other tasks, for each task; ``groups`` of tasks are left out together."""
+    tasks = scores.shape[1]
+    found = np.zeros(tasks, dtype=np.int64)
+    for group in groups or [[t] for t in range(tasks)]:
+        others = np.setdiff1d(np.arange(tasks), group)
+        found[list(group)] = scores[:, others].mean(-1).argmax()
+    return found
+
+
+def advise(results: Results, floor: float) -> Advised | None:
+    """The setting of largest score, and what such a choice gives on tasks left out; None if nothing reaches the floor."""
+    scores = score(results, floor)
+    if not scores.any():
+        return None
+    held = left_out(scores)
+    tasks = np.arange(scores.shape[1])
+    validity, diversity = results.validity[held, tasks], results.diversity[held, tasks]
+    return Advised(
+        chain=results.setting[int(scores.mean(-1).argmax())],
+        score=float(scores[held, tasks].mean()),
+        reached=float((validity >= floor - 1e-9).mean()),
+        validity=float(validity.mean()),
+        diversity=float(diversity.mean()),
+    )
+
+
+def conformal(loss: np.ndarray, epsilon: float) -> int | None:
+    """The first of L ascending levels at which the expected loss on an exchangeable task is at most ``epsilon``; None if none.
+
+    Conformal risk control (Angelopoulos et al., arXiv 2208.02814): the smallest level with (sum of losses + 1) / (T + 1) <=
+    epsilon, losses made monotone by the largest at higher levels.
+
+    Args:
+        loss: (T, L) in [0, 1].
+    """
+    worst = np.maximum.accumulate(loss[:, ::-1], -1)[:, ::-1]
+    bound = (worst.sum(0) + 1) / (len(loss) + 1)
+    allowed = np.flatnonzero(bound <= epsilon + 1e-12)
+    return int(allowed[0]) if len(allowed) else None
+
+
+def affordable(question: Question) -> bool:
+    """Whether a task may be used without being asked for, as far as can be told without a model."""
+    return question.policy.one_path_each and question.valid.size <= 2 * MOST_PREFIXES
+
+
+@dataclass
+class Fitting:
+    """Runs a calibration on a model.
+
+    Args:
+        model: as `decal.eval.models.load` gives it.
+        settings: the chains to choose among.
+        seed: decides exemplars and folds.
+        report: told about progress.
+    """
+
+    model: LoadedModel
+    settings: Sequence[Setting]
+    seed: int = 0
+    cache: bool = True
+    report: Callable[[str, int, int], None] = lambda what, done, total: None
+
+    def evaluation(self, settings: Sequence[Setting]) -> Evaluation:
+        """Of some settings on this model."""
+        return Evaluation(self.model, settings, seed=self.seed, cache=self.cache, report=self.report)
+
+    def samples(self, questions: Sequence[Question], done: Callable[[], None]) -> list[list[Sample]]:
+        """Of every prompt of every task."""
+        plain = self.evaluation([Setting("temperature", find("temperature")(1.0))])
+        found: list[list[Sample]] = []
+        for question in questions:
+            here: list[Sample] = []
+
+            def visit(text: str, trie: TokenTrie, rows: Rows, here: list[Sample] = here) -> None:
+                here.append(Sample.of(trie, rows))
+
+            plain.run(question, visit)
+            found.append(here)
+            done()
+        return found
+
+    def results(
+        self, questions: Sequence[Question], weights: Sequence[Mapping[str, float]], done: Callable[[], None]
+    ) -> Results:
+        """Every setting on every task, the estimate with the weights of the task; settings are named without them."""
+        found: list[TaskResult] = []
+        for question, own in zip(questions, weights, strict=True):
+            settings = [replace(s, chain=with_weights(s.chain, own)) for s in self.settings]
+            found.append(self.evaluation(settings).run(question))
+            done()
+        return replace(Results.of(found), setting=tuple(str(s.chain) for s in self.settings))
+
+    def losses(self, questions: Sequence[Question], chains: Sequence[Chain], done: Callable[[], None]) -> np.ndarray:
+        """(T, L) expected invalidity of a text under each chain, averaged over prompts."""
+        job = self.evaluation([Setting("f", chain) for chain in chains])
+        found = []
+        for question in questions:
+            found.append(1 - job.run(question).validity[: len(chains)].mean(-1))
+            done()
+        return np.asarray(found)
+
+
+def calibrate(
+    fitting: Fitting, questions: Sequence[Question], about: Mapping[str, Any], done: Callable[[], None]
+) -> Calibration:
+    """Fit everything.
+
+    Args:
+        about: what the file says of itself.
+        done: called three times for each task at the most.
+
+    Raises:
+        DecalError: fewer than four tasks, or nothing to fit.
+    """
+    if len(questions) < 4:
+        raise DecalError(f"a calibration needs at least 4 tasks, to judge it on tasks left out, got {len(questions)}")
+    samples = fitting.samples(questions, done)
+    fold = folds(len(questions), seed=fitting.seed)
+    losses = choose_features(samples, fold)
+    features = best(losses)
+    weights = fit([s for task in samples for s in task], features)
+    results = fitting.results(questions, by_folds(samples, fold, features), done)
+    named = tuple(str(with_weights(s.chain, weights)) for s in fitting.settings)
+    results = replace(results, setting=named)
+    advised = {f"{floor:g}": advise(results, floor) for floor in FLOORS}
+
+    # Risk is controlled on tasks that had no part in the estimate whose levels are tried on them.
+    half = folds(len(questions), 2, fitting.seed)
+    first = [task for t, task in enumerate(samples) if half[t] == 0]
+    own = fit([s for task in first for s in task], best(choose_features(first, folds(len(first), seed=fitting.seed))))
+    chains = [calibrated.min_validity(level, **own) for level in LEVELS]
+    loss = fitting.losses([q for t, q in enumerate(questions) if half[t] == 1], chains, done)
+    found = {epsilon: conformal(loss, epsilon) for epsilon in EPSILONS}
+    return Calibration(
+        about={**about, "fingerprint": calibrated.fingerprint(fitting.model.model, fitting.model.tokenizer)},
+        validity=weights,
+        advised={floor: one for floor, one in advised.items() if one is not None},
+        risk={f"{epsilon:g}": None if at is None else str(chains[at]) for epsilon, at in found.items()},
+        report={
+            "log_loss_on_tasks_left_out": losses,
+            "features": features,
+            "settings": len(fitting.settings),
+            "floors_never_reached": [floor for floor, one in advised.items() if one is None],
+            "risk_fitted_on": [q.task.name for t, q in enumerate(questions) if half[t] == 0],
+            "risk_controlled_on": [q.task.name for t, q in enumerate(questions) if half[t] == 1],
+        },
+    )
+
+
+def written(calibration: Calibration) -> str:
+    """The file, which `decal.calibrated.load` reads."""
+    return json.dumps({"format": calibrated.FORMAT, **asdict(calibration)}, indent=1, allow_nan=False)
+
+
+def print_report(found: Calibration, console: Any) -> None:
+    """Print what was fitted, and how it does on tasks left out."""
+    from rich.table import Table
+    from rich.text import Text
+
+    losses = found.report["log_loss_on_tasks_left_out"]
+    console.print(f"{found.about['model']}, {len(found.about['tasks'])} tasks\n", highlight=False)
+    read = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    console.print(f"Log loss of the validity estimate on tasks left out, by what it reads: {read}.", highlight=False)
+    console.print(f"min_validity: {', '.join(f'{k}={v:g}' for k, v in found.validity.items())}\n", highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("floor", "chain to use", "score", "floor reached", "validity", "diversity"):
+        table.add_column(heading, justify="left" if heading == "chain to use" else "right")
+    for floor, one in found.advised.items():
+        numbers = (f"{one.score:.3f}", f"{one.reached:.0%}", f"{one.validity:.3f}", f"{one.diversity:.3f}")
+        table.add_row(floor, Text(one.chain), *numbers)
+    console.print(table)
+    never = found.report["floors_never_reached"]
+    console.print(f"No setting reaches {' or '.join(never)} anywhere." if never else "", highlight=False)
+    console.print(
+        "Numbers are means over tasks left out; score: diversity where the floor is reached, else 0.", highlight=False
+    )
+    kept = [epsilon for epsilon, chain in found.risk.items() if chain]
+    lost = [epsilon for epsilon, chain in found.risk.items() if not chain]
+    tasks = len(found.report["risk_controlled_on"])
+    console.print(
+        f"Invalidity controlled on {tasks} tasks: at most {', '.join(kept) or 'none'}"
+        + (f"; these tasks can't promise {', '.join(lost)}." if lost else "."),
+        highlight=False,
+    )

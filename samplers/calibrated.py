@@ -1,0 +1,250 @@
+"""Rules that cut at an estimated validity, and files with what was fitted for a model; ``decal calibrate`` writes them.
+
+The estimate is a logistic one. The odds that a token is valid fall with its distance to the most probable one, and differ from
+row to row with what the row's shape says:
+
+    log odds = offset + gap (z_i - max z) + entropy H + peak log max p + spread sd(z)
+
+``gap`` is positive, so within a row the estimate falls with the ranking, and a cut at it is a cutoff: `min_p` with a threshold
+of each row's own. It costs no forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from decal.samplers.errors import DecalError
+from decal.samplers.row import Row
+from decal.samplers.rule import Feedback, Param, rule
+
+if TYPE_CHECKING:
+    from decal.samplers.chain import Chain
+
+FORMAT = 1
+MOST = 1e6
+"""No budget is larger, in nats."""
+
+
+def _base(row: Row, offset: Tensor, entropy: Tensor, peak: Tensor, spread: Tensor) -> Tensor:
+    """(B, 1) log odds of the most probable token."""
+    return offset + entropy * row.entropy + peak * (row.max - row.logz) + spread * row.std
+
+
+@rule(side="before")
+def min_validity(
+    row: Row,
+    level: Tensor = Param(0.3, low=0, high=1, off=0.0, sweep=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7)),
+    offset: Tensor = Param(1.8, low=-1000, high=1000),
+    gap: Tensor = Param(0.5, low=1e-3, high=1000),
+    entropy: Tensor = Param(-0.75, low=-1000, high=1000),
+    peak: Tensor = Param(0.0, low=-1000, high=1000),
+    spread: Tensor = Param(0.0, low=-1000, high=1000),
+) -> Tensor:
+    """Keep tokens that are valid with an estimated probability of at least ``level``.
+
+    Kept: s_i >= log(level / (1 - level)), s_i = offset + gap (z_i - max z) + entropy H + peak log max p + spread sd(z). The
+    defaults lie between what ``decal calibrate`` fits for two small models; fit your own. With no weight but ``gap`` it is
+    ``min_p``.
+    """
+    needed = torch.log(level) - torch.log1p(-level)
+    return row.max + (needed - _base(row, offset, entropy, peak, spread)) / gap
+
+
+def _notes(
+    row: Row, risk: Tensor, share: Tensor, offset: Tensor, gap: Tensor, entropy: Tensor, peak: Tensor, spread: Tensor
+) -> Mapping[str, Tensor]:
+    return {"base": _base(row, offset, entropy, peak, spread), "peak": row.max - row.logz}
+
+
+def _spend(state: Mapping[str, Tensor], logp: Tensor, notes: Mapping[str, Tensor], **values: Tensor) -> Mapping[str, Tensor]:
+    odds = notes["base"] + values["gap"] * (logp - notes["peak"])
+    return {"left": (state["left"] - torch.nn.functional.softplus(-odds)).clamp(min=0)}
+
+
+@rule(
+    side="before",
+    feedback=Feedback(
+        init=lambda risk, **_: {"left": (-torch.log1p(-risk)).clamp(max=MOST)},
+        update=_spend,
+        notes=_notes,
+    ),
+)
+def risk_budget(
+    row: Row,
+    risk: Tensor = Param(0.8, low=0, high=1, off=1.0, sweep=(0.3, 0.5, 0.7, 0.8, 0.9, 0.97)),
+    share: Tensor = Param(0.5, low=0, high=1),
+    offset: Tensor = Param(1.8, low=-1000, high=1000),
+    gap: Tensor = Param(0.5, low=1e-3, high=1000),
+    entropy: Tensor = Param(-0.75, low=-1000, high=1000),
+    peak: Tensor = Param(0.0, low=-1000, high=1000),
+    spread: Tensor = Param(0.0, low=-1000, high=1000),
+) -> Tensor:
+    """Keep tokens as long as the text stays valid with an estimated probability of at least 1 - ``risk``.
+
+    Kept: -log v_i <= share b, v_i the estimated validity of ``min_validity`` and b what is left of the budget, -log(1 - risk)
+    at first. A drawn token takes -log v_i from it: a text of sure steps can afford a daring one, and errors don't pile up. The
+    most probable token always stays and may overdraw the budget, which is then 0 and leaves nothing else. ``risk`` is as good
+    as the estimate: find the one to use with ``decal calibrate``, which bounds the true risk.
+    """
+    allowed = share * row.state["left"]
+    # -log v <= a where the odds are at least 1 / (exp(a) - 1).
+    needed = -(allowed + torch.log(-torch.expm1(-allowed)))
+    return row.max + (needed - _base(row, offset, entropy, peak, spread)) / gap
+
+
+# ---- files
+
+
+@dataclass(frozen=True)
+class Advised:
+    """A chain, and what choosing it like this gave on tasks left out; means over these.
+
+    Attributes:
+        chain: as text.
+        score: diversity where the validity reaches the floor, 0 where it doesn't.
+        reached: how often it does.
+        validity, diversity: as they are.
+    """
+
+    chain: str
+    score: float
+    reached: float
+    validity: float
+    diversity: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted for a model.
+
+    Attributes:
+        about: model and tokenizer with fingerprints, tasks, seed, versions, date.
+        validity: the weights of `min_validity`, by name.
+        advised: by validity floor, such as ``"0.8"``, the chain to use; a floor that nothing reaches is missing.
+        risk: by epsilon the chain, as text, whose expected invalidity is controlled; None where these tasks can't promise it.
+        report: how well it fits.
+    """
+
+    about: Mapping[str, Any]
+    validity: Mapping[str, float]
+    advised: Mapping[str, Advised]
+    risk: Mapping[str, str | None]
+    report: Mapping[str, Any]
+
+    def chain(self, floor: float = 0.8) -> Chain:
+        """The chain that was the most diverse where its validity reaches ``floor``, counting 0 where it doesn't.
+
+        Raises:
+            DecalError: there is none for this floor.
+        """
+        from decal.samplers.chain import parse
+
+        return parse(_of(self.advised, floor, "floor").chain)
+
+    def min_validity(self, level: float) -> Chain:
+        """The cut at an estimated validity, with the weights of the file."""
+        return min_validity(level, **self.validity)
+
+    def controlled(self, epsilon: float) -> Chain:
+        """A cut such that a text is invalid with probability at most ``epsilon``, on average over tasks like those of the file.
+
+        By conformal risk control (Angelopoulos et al., arXiv 2208.02814), at temperature 1: it holds if the new task and those
+        of the file are exchangeable, such as draws from the same pool, and for the average over draws of all of them.
+
+        Raises:
+            DecalError: the file has no such epsilon, or its tasks can't promise it.
+        """
+        from decal.samplers.chain import parse
+
+        chain = _of(self.risk, epsilon, "epsilon")
+        if chain is None:
+            raise DecalError(f"the tasks of this calibration can't promise an invalidity of at most {epsilon:g}")
+        return parse(chain)
+
+
+def _of(table: Mapping[str, Any], key: float, what: str) -> Any:
+    name = f"{key:g}" if isinstance(key, (int, float)) else str(key)
+    if name not in table:
+        raise DecalError(f"the calibration has no {what} {name}; it has {', '.join(table) or 'none'}")
+    return table[name]
+
+
+def fingerprint(model: Any, tokenizer: Any) -> dict[str, str]:
+    """What tells a transformers model and its tokenizer from others: digests of weights, as bfloat16, and of the vocabulary.
+
+    A few numbers of each weight go in, so it is quick, and the same in any dtype that keeps bfloat16 and on any device.
+    """
+    weights = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        few = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64]
+        weights.update(f"{name} {tuple(weight.shape)}".encode())
+        weights.update(few.float().bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    words = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return {"model": weights.hexdigest()[:32], "tokenizer": hashlib.sha256(words.encode()).hexdigest()[:32]}
+
+
+def load(file: str | Path, model: Any = None, tokenizer: Any = None, *, mismatch: str = "warn") -> Calibration:
+    """A calibration that ``decal calibrate`` wrote.
+
+    Args:
+        model, tokenizer: those it will be used with, compared with those it was fitted for.
+        mismatch: whether another model is a reason to ``warn`` or to ``refuse``.
+
+    Raises:
+        DecalError: the file isn't a calibration, or was fitted for another model and ``mismatch`` is ``refuse``.
+    """
+    if mismatch not in ("warn", "refuse"):
+        raise DecalError(f"mismatch is 'warn' or 'refuse', got {mismatch!r}")
+    if (model is None) != (tokenizer is None):
+        raise DecalError("load compares a model and its tokenizer, or neither")
+    found = _read(Path(file))
+    if model is not None:
+        fitted, here = found.about["fingerprint"], fingerprint(model, tokenizer)
+        other = [what for what in here if here[what] != fitted.get(what)]
+        if other:
+            this = " and ".join(other)
+            said = f"{file} was fitted for {found.about['model']}, not for this {this}; decal calibrate fits another"
+            if mismatch == "refuse":
+                raise DecalError(said)
+            warnings.warn(said, stacklevel=2)
+    return found
+
+
+def _read(file: Path) -> Calibration:
+    from decal.samplers.chain import parse
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DecalError(f"can't read the calibration {file}: {error.strerror}") from None
+    except ValueError:
+        raise DecalError(f"{file} is no calibration: not JSON") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise DecalError(f"{file} is no calibration of format {FORMAT}, got {got!r}")
+    try:
+        found = Calibration(
+            about=dict(content["about"]),
+            validity={name: float(weight) for name, weight in content["validity"].items()},
+            advised={floor: Advised(**one) for floor, one in content["advised"].items()},
+            risk={epsilon: None if chain is None else str(chain) for epsilon, chain in content["risk"].items()},
+            report=dict(content["report"]),
+        )
+        found.about["fingerprint"]["model"], found.about["model"]
+        found.min_validity(0.5)
+        for chain in (*(one.chain for one in found.advised.values()), *filter(None, found.risk.values())):
+            parse(chain)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DecalError(f"{file} is no calibration: {type(error).__name__} {error}") from None
+    except DecalError as error:
+        raise DecalError(f"{file}: {error}") from None
+    return found
