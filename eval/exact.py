@@ -18,10 +18,12 @@ from torch import Tensor
 
 from decal.eval.forward import needed
 from decal.eval.ranked import CompactRow, RankedBlock, RankedRow, moments_of, plain, table_scales
-from decal.samplers.chain import Chain
+from decal.kernels import reference
+from decal.samplers.chain import Chain, transform
 from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.guided import Guide
+from decal.samplers.row import DenseRow
 from decal.samplers.rule import Rule, Step
 from decal.samplers.trie import TokenTrie
 from decal.samplers.views import Views
@@ -47,12 +49,14 @@ class Group:
             tensor.
         members: which settings of the whole grid these are.
         scales: factors of a row's logits for which running sums are worth while.
+        lead: a step before all of ``rules``, the same for all settings, that rewrites rows: once for all of them.
     """
 
     rules: tuple[Rule, ...]
     values: tuple[Mapping[str, Any], ...]
     members: tuple[int, ...]
     scales: frozenset[float]
+    lead: Step | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -83,9 +87,17 @@ def group(chains: Sequence[Chain]) -> list[Group]:
         if chain.per_row is not None:
             raise DecalError(f"the evaluator needs one value per parameter, got per-row values in {chain}")
         _refuse_memory_of_coins(chain)
-        shared = tuple((s.rule, *(v for name, v in s.values.items() if s.rule.params[name].static)) for s in chain.steps)
-        by_rules[shared].append(number)
+        lead, rest = _lead(chain)
+        shared = tuple((s.rule, *(v for name, v in s.values.items() if s.rule.params[name].static)) for s in rest)
+        by_rules[lead and str(lead), shared].append(number)
     return [_stack(chains, members) for members in by_rules.values()]
+
+
+def _lead(chain: Chain) -> tuple[Step | None, Sequence[Step]]:
+    """A first step that reads other prompts, and the other steps: it treats every token anew, the others may not."""
+    first = chain.steps[0]
+    leads = first.rule.needs <= {"prompts", "history"} and "prompts" in first.rule.needs and not first.is_off
+    return (first, chain.steps[1:]) if leads else (None, chain.steps)
 
 
 def _refuse_memory_of_coins(chain: Chain) -> None:
@@ -101,18 +113,19 @@ def _refuse_memory_of_coins(chain: Chain) -> None:
 
 
 def _stack(chains: Sequence[Chain], members: list[int]) -> Group:
-    steps = chains[members[0]].steps
+    lead, steps = _lead(chains[members[0]])
+    every = [_lead(chains[m])[1] for m in members]
     values = tuple(
         {
             name: step.values[name]
             if p.static
-            else torch.tensor([[chains[m].steps[place].values[name]] for m in members], dtype=torch.float64)
+            else torch.tensor([[rest[place].values[name]] for rest in every], dtype=torch.float64)
             for name, p in step.rule.params.items()
         }
         for place, step in enumerate(steps)
     )
-    scales = frozenset(s for m in members for s in table_scales(chains[m].steps) or ())
-    return Group(tuple(step.rule for step in steps), values, tuple(members), scales)
+    scales = frozenset(s for rest in every for s in table_scales(rest) or ())
+    return Group(tuple(step.rule for step in steps), values, tuple(members), scales, lead)
 
 
 @dataclass
@@ -257,19 +270,56 @@ def flows(
         situation: the prompt, and what else rules may read.
         scales: further scales that ``observe`` wants.
     """
-    tables = sorted({1.0, *scales}.union(*(g.scales for g in groups)))
-    moments = moments_of(rule for g in groups for rule in g.rules)
-    named = any(g.named for g in groups)
     work = _Work(trie, Interest.of(trie), Flow.empty(settings, trie), situation or Situation())
+    alike = _Alike.of(groups, scales)
     for nodes, logits in _every_needed_once(trie, rows):
-        size = max(1, MEMORY // (8 * logits.shape[1] * (len(moments) * len(tables) + 3)))
+        size = max(1, MEMORY // (8 * logits.shape[1] * max(one.tables for one in alike)))
         for part in _families_apart(trie, nodes, size) if any("state" in g.needs for g in groups) else _pieces(nodes, size):
             chosen = [nodes[i] for i in part]
-            block = RankedBlock(logits[part], tables, moments, named)
-            _flow_block(block, chosen, logits[part], work, groups, observe)
+            for one in alike:
+                values = logits[part] if one.lead is None else _rewritten(one.lead, logits[part], work, chosen)
+                block = RankedBlock(values, one.scales, one.moments, one.named)
+                _flow_block(block, chosen, values, work, one.groups, observe if one.lead is None else None)
             if tick:
                 tick(len(part))
     return work.flow
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Groups, by number, that begin with the same rows, and what is needed of these."""
+
+    lead: Step | None
+    groups: Mapping[int, Group]
+    scales: Sequence[float]
+    moments: set[str]
+    named: bool
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], scales: Iterable[float]) -> list[_Alike]:
+        by_lead: dict[str, dict[int, Group]] = {"": {}}
+        for number, g in enumerate(groups):
+            by_lead.setdefault(str(g.lead) if g.lead else "", {})[number] = g
+        found = []
+        for some in by_lead.values():
+            own = some.values()
+            lead = next(iter(own)).lead if own else None
+            wanted = {1.0, *scales} if lead is None else {1.0}
+            moments = moments_of(rule for g in own for rule in g.rules)
+            found.append(cls(lead, some, sorted(wanted.union(*(g.scales for g in own))), moments, any(g.named for g in own)))
+        return found
+
+    @property
+    def tables(self) -> int:
+        """How many numbers are held for each token."""
+        return len(self.moments) * len(self.scales) + 3
+
+
+def _rewritten(lead: Step, logits: Tensor, work: _Work, nodes: Sequence[int]) -> Tensor:
+    """The rows of ``nodes`` after a first step."""
+    z = reference.clean(logits)
+    context = work.situation.context(work.trie, nodes)
+    return transform(z, lead.answer(DenseRow(z, reference, context), z))
 
 
 def _pieces(nodes: Sequence[int], size: int) -> Iterable[list[int]]:
@@ -321,7 +371,7 @@ def _flow_block(
     nodes: list[int],
     logits: Tensor,
     work: _Work,
-    groups: Sequence[Group],
+    groups: Mapping[int, Group],
     observe: Callable[[RankedBlock, Interest, Tensor, Tensor], None] | None,
 ) -> None:
     here, place = work.interest.within(nodes)
@@ -336,7 +386,7 @@ def _flow_block(
         # Tokens of equal logit are not alike for every rule, so each has a place of its own.
         places = torch.empty_like(block.order).scatter_(1, block.order, torch.arange(block.width).expand_as(block.order))
         position = torch.where(level.isfinite(), places[row, token], block.width)
-    for number, g in enumerate(groups):
+    for number, g in groups.items():
         for start in range(0, len(g.members), _settings_at_once(block, g)):
             part = slice(start, start + _settings_at_once(block, g))
             share = _Run(block, nodes, here, row, position, work, number, g, part).share()

@@ -125,7 +125,8 @@ def drawn(budget: int, seed: int = 0, *, prompts: bool = False, rules: Sequence[
                 heat = find("temperature")(t)
                 settings.append(Setting(rule.name, heat | cut if side < 0.5 and not rule.scale else cut | heat))
                 if prompts and rule.name in READ:
-                    read = find("ensemble")(float(f"{side:.3g}"))
+                    weights = find("ensemble").params["weight"].sweep
+                    read = find("ensemble")(weights[int(side * len(weights))])  # few, as rows are written anew for each
                     settings.append(Setting(f"ensemble | {rule.name}", read | cut | heat))
         else:
             for p, *values in _points([_Axis.of((CUTS[-1], CUTS[0])), *own.values()], budget, seed):

@@ -100,8 +100,8 @@ def _promise(run: TuneRun) -> str:
         given = f"{len(held.validity)} given"
         return f"Nothing can be promised for {what}: it takes {FEWEST} or more, with a choice without each; {given}."
     return (
-        f"A mean validity of {tuning.floor:g} on {what} can't be promised: at 95 % the chain above has {held.promise:.3f}, and no "
-        "more careful one gets there. Give more of them, or ask for less."
+        f"A mean validity of {tuning.floor:g} on {what} can't be promised: at 95 % the chain above has {held.promise:.3f}, and "
+        "no more careful one gets there. Give more of them, or ask for less."
     )
 
 
