@@ -243,8 +243,8 @@ def _read(file: Path) -> Calibration:
         found.min_validity(0.5)
         for chain in (*(one.chain for one in found.advised.values()), *filter(None, found.risk.values())):
             parse(chain)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DecalError(f"{file} is no calibration: {type(error).__name__} {error}") from None
     except DecalError as error:
         raise DecalError(f"{file}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DecalError(f"{file} is no calibration: {type(error).__name__} {error}") from None
     return found

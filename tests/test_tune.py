@@ -1,0 +1,184 @@
+"""Choosing a chain: by brute force, never with a look at what it is judged on, and with promises that hold."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_cli import Run, model, parts, run  # noqa: F401 (fixtures)
+
+from decal.eval import grid, tune, tune_report
+from decal.eval.tune import Held, Results
+from decal.samplers.rule import find
+
+
+def made(seed: int, settings: int = 30, tasks: int = 4, prompts: int = 5) -> Results:
+    """Settings that trade validity for diversity, on tasks and prompts of different difficulty."""
+    rng = np.random.default_rng(seed)
+    daring = rng.random((settings, 1, 1))
+    hard = rng.normal(0, 0.15, (1, tasks, 1)) + rng.normal(0, 0.05, (1, tasks, prompts))
+    noise = rng.normal(0, 0.03, (2, settings, tasks, prompts))
+    validity = np.clip(1.02 - 0.5 * daring - hard + noise[0], 0, 1)
+    diversity = np.clip(0.2 + 0.7 * daring + noise[1], 0, 1)
+    family = tuple("ab"[i % 2] for i in range(settings))
+    return Results(
+        tuple(f"t{i}" for i in range(tasks)), family, tuple(f"top_k({i + 1})" for i in range(settings)), validity, diversity
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice_is_the_best_allowed_one(seed: int) -> None:
+    results = made(seed)
+    for target in (0.5, 0.7, 0.8, 0.9):
+        best, found = -1.0, None
+        for i in range(30):
+            if results.validity[i].mean() >= target and results.diversity[i].mean() > best:
+                best, found = results.diversity[i].mean(), i
+        assert results.choose(target) == found
+    assert results.choose(1.01) is None
+    chosen = results.choose(0.6, "b")
+    assert chosen is None or results.family[chosen] == "b"
+
+
+@pytest.mark.parametrize("over", ["prompts", "tasks"])
+def test_what_is_judged_on_a_unit_was_chosen_without_it(over: str) -> None:
+    results = made(7)
+    held = results.held(over, 0.7)
+    axis = 2 if over == "prompts" else 1
+    for unit in range(results.validity.shape[axis]):
+        rest = [np.delete(values, unit, axis) for values in (results.validity, results.diversity)]
+        own = [np.take(values, unit, axis) for values in (results.validity, results.diversity)]
+        allowed = [i for i in range(30) if rest[0][i].mean() >= 0.7]
+        chosen = max(allowed, key=lambda i: rest[1][i].mean())
+        assert held.validity[unit] == pytest.approx(own[0][chosen].mean())
+        assert held.diversity[unit] == pytest.approx(own[1][chosen].mean())
+        # Nothing that happens on the unit changes what is chosen for it.
+        worse = results.diversity.copy()
+        np.moveaxis(worse, axis, 0)[unit] = np.random.default_rng(1).random(np.take(worse, unit, axis).shape)
+        again = Results(results.tasks, results.family, results.setting, results.validity, worse).held(over, 0.7)
+        assert again.validity[unit] == held.validity[unit]
+
+
+def test_nothing_is_promised_from_too_few_or_where_nothing_could_be_chosen() -> None:
+    assert Held(np.array([0.9, 0.95]), np.zeros(2)).promise is None
+    assert Held(np.array([0.9, np.nan, 0.95]), np.zeros(3)).promise is None
+    promise = Held(np.array([0.9, 0.92, 0.94, 0.96]), np.zeros(4)).promise
+    assert promise == pytest.approx(0.93 - 2.353363 * np.std([0.9, 0.92, 0.94, 0.96], ddof=1) / 2, abs=1e-6)
+
+
+def test_a_promise_is_kept_about_as_often_as_it_says() -> None:
+    """200 searches on prompts drawn anew: how often the chain that was promised for falls short on very many other prompts.
+
+    A promise fails with probability .05 at most, if validities are normal; of 200 more than 20 fail with probability 1e-3.
+    """
+    broken = given = 0
+    for seed in range(200):
+        rng = np.random.default_rng([9, seed])
+        true = np.linspace(0.6, 0.98, 25)[:, None, None]
+        validity = true + rng.normal(0, 0.04, (1, 1, 6)) + rng.normal(0, 0.02, (25, 1, 6))
+        diversity = np.broadcast_to(1.2 - true, validity.shape)
+        results = Results(("t",), ("a",) * 25, tuple(f"top_k({i + 1})" for i in range(25)), validity, diversity)
+        promised = tune.tune(results, 0.8).promised
+        if promised is not None:
+            given += 1
+            broken += true[results.setting.index(promised.chain), 0, 0] < 0.8
+    assert given > 150
+    assert broken <= 20
+
+
+def test_a_promise_that_data_can_not_support_is_refused() -> None:
+    results = made(3, prompts=2)
+    found = tune.tune(results, 0.7)
+    assert found.best is not None
+    assert found.promised is None
+    text = " ".join(tune_report.sentences(tune_report.TuneRun({}, results, found)))
+    assert "Nothing can be promised for further prompts" in text
+    nothing = tune.tune(results, 1.0)
+    assert nothing.best is None
+    assert "No setting reaches" in tune_report.sentences(tune_report.TuneRun({}, results, nothing))[0]
+
+
+def test_a_more_careful_chain_is_promised_where_the_best_one_can_not_be() -> None:
+    results = made(1, settings=60, prompts=8)
+    found = tune.tune(results, 0.75)
+    assert found.best is not None
+    assert found.promised is not None
+    assert found.promised.target > 0.75
+    assert found.promised.diversity < found.best.diversity
+    text = tune_report.sentences(tune_report.TuneRun({}, results, found))[-1]
+    assert "the more careful" in text
+    assert "can be promised" in text
+
+
+def test_every_sampler_gets_as_many_settings_drawn_from_what_it_declares() -> None:
+    drawn = grid.drawn(40, 3, prompts=True)
+    assert set(Counter(s.family for s in drawn).values()) == {40}
+    assert [str(s.chain) for s in drawn] == [str(s.chain) for s in grid.drawn(40, 3, prompts=True)]
+    assert [str(s.chain) for s in drawn] != [str(s.chain) for s in grid.drawn(40, 4, prompts=True)]
+    seen: dict[tuple[str, str], set[float]] = {}
+    for setting in drawn:
+        for step in setting.chain.steps:
+            for name, value in step.values.items():
+                if isinstance(value, float) and step.rule.params[name].sweep:
+                    seen.setdefault((step.rule.name, name), set()).add(value)
+    for (rule, name), values in seen.items():
+        sweep = find(rule).params[name].sweep
+        if len(sweep) > 1 and rule not in ("min_p", "temperature"):  # these stand beside others, over ranges of their own
+            assert min(sweep) <= min(values), rule
+            assert max(values) <= max(sweep), rule
+    own = {s.family for s in grid.drawn(4, rules=("min_p", "top_k"))}
+    assert own == {"temperature", "min_p", "top_k"}
+    orders = {s.chain.steps[0].rule.name for s in drawn if s.family == "min_p"}
+    assert orders == {"temperature", "min_p"}
+
+
+def test_tune_from_end_to_end(run: Run, model, tmp_path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    arguments = [
+        "tune",
+        "--model",
+        model,
+        "--task",
+        "weekdays",
+        "--draws",
+        3,
+        "--budget",
+        4,
+        "--min-validity",
+        0.02,
+        "--out",
+        out,
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = run(*arguments, "--read-prompts")
+    assert result.code == 0, result.err
+    assert {path.name for path in out.iterdir()} == {"tuning.json", "settings.parquet", "tuning.png", "tuning.html"}
+    summary = json.loads((out / "tuning.json").read_text())
+    table = pd.read_parquet(out / "settings.parquet")
+    assert len(table) == summary["settings"] * 3
+    best = summary["best"]
+    mean = table.groupby("setting")[["validity", "diversity"]].mean()
+    assert mean.loc[best["chain"], "validity"] == pytest.approx(best["validity"])
+    assert best["diversity"] == pytest.approx(mean[mean.validity >= 0.02].diversity.max())
+    assert f"Use {best['chain']}" in result.out
+    assert any("ensemble" in family for family in summary["families"])
+    page = (out / "tuning.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    for sentence in summary["says"][:1]:
+        assert sentence in page
+    again = run(*arguments, "--read-prompts")
+    assert again.code == 0
+    assert json.loads((out / "tuning.json").read_text())["best"] == best
+
+
+def test_bad_requests_to_tune(run: Run, model, tmp_path) -> None:  # noqa: F811
+    out = ["--out", tmp_path / "out"]
+    assert "--min-validity must be in (0, 1]" in run("tune", "--model", model, "--min-validity", 0, *out).err
+    assert "--budget" in run("tune", "--model", model, "--budget", 1, *out).err
+    assert "one prompt only" in run("tune", "--model", model, "--task", "weekdays", "--draws", 1, "--read-prompts", *out).err
+    assert not (tmp_path / "out").exists()
