@@ -44,7 +44,10 @@ FOLDS = 5
 FLOORS = (0.5, 0.8, 0.9)
 EPSILONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 LEVELS = (*(float(f"{1 / (1 + np.exp(-x)):.4g}") for x in np.linspace(-4, 5, 24)), 1.0)
-"""(L,) ascending levels of the estimate at which risk is looked at; at 1 only the most probable token stays."""
+"""(L,) ascending levels of `min_validity` at which risk is looked at; at 1 only the most probable token stays."""
+
+RISKS = tuple(float(f"{1 - level:.4g}") for level in LEVELS)
+"""(L,) descending risks of `risk_budget` likewise."""
 
 MOST_PREFIXES = 150
 """Prefixes of a built-in task that is used without being asked for; with more the evaluation takes long."""
@@ -291,14 +294,18 @@ def calibrate(
     half = folds(len(questions), 2, fitting.seed)
     first = [task for t, task in enumerate(samples) if half[t] == 0]
     own = fit([s for task in first for s in task], best(choose_features(first, folds(len(first), seed=fitting.seed))))
-    chains = [calibrated.min_validity(level, **own) for level in LEVELS]
-    loss = fitting.losses([q for t, q in enumerate(questions) if half[t] == 1], chains, done)
-    found = {epsilon: conformal(loss, epsilon) for epsilon in EPSILONS}
+    careful = {
+        "min_validity": [calibrated.min_validity(level, **own) for level in LEVELS],
+        "risk_budget": [calibrated.risk_budget(risk, **own) for risk in RISKS],
+    }
+    control = [q for t, q in enumerate(questions) if half[t] == 1]
+    loss = fitting.losses(control, [chain for chains in careful.values() for chain in chains], done)
+    risk = {rule: _controlled(chains, loss[:, i * len(LEVELS) :]) for i, (rule, chains) in enumerate(careful.items())}
     return Calibration(
         about={**about, "fingerprint": calibrated.fingerprint(fitting.model.model, fitting.model.tokenizer)},
         validity=weights,
         advised={floor: one for floor, one in advised.items() if one is not None},
-        risk={f"{epsilon:g}": None if at is None else str(chains[at]) for epsilon, at in found.items()},
+        risk=risk,
         report={
             "log_loss_on_tasks_left_out": losses,
             "features": features,
@@ -308,6 +315,12 @@ def calibrate(
             "risk_controlled_on": [q.task.name for t, q in enumerate(questions) if half[t] == 1],
         },
     )
+
+
+def _controlled(chains: Sequence[Chain], loss: np.ndarray) -> dict[str, str | None]:
+    """By epsilon the first of ever more careful chains whose risk is controlled, as text."""
+    found = {f"{epsilon:g}": conformal(loss[:, : len(chains)], epsilon) for epsilon in EPSILONS}
+    return {epsilon: None if at is None else str(chains[at]) for epsilon, at in found.items()}
 
 
 def written(calibration: Calibration) -> str:
@@ -337,11 +350,10 @@ def print_report(found: Calibration, console: Any) -> None:
     console.print(
         "Numbers are means over tasks left out; score: diversity where the floor is reached, else 0.", highlight=False
     )
-    kept = [epsilon for epsilon, chain in found.risk.items() if chain]
-    lost = [epsilon for epsilon, chain in found.risk.items() if not chain]
     tasks = len(found.report["risk_controlled_on"])
-    console.print(
-        f"Invalidity controlled on {tasks} tasks: at most {', '.join(kept) or 'none'}"
-        + (f"; these tasks can't promise {', '.join(lost)}." if lost else "."),
-        highlight=False,
-    )
+    for rule, chains in found.risk.items():
+        kept, lost = (", ".join(e for e, chain in chains.items() if (chain is None) == none) for none in (False, True))
+        refused = f"; these tasks can't promise {lost}" if lost else ""
+        console.print(
+            f"Invalidity of {rule} controlled on {tasks} tasks: at most {kept or 'nothing'}{refused}.", highlight=False
+        )

@@ -130,14 +130,15 @@ class Calibration:
         about: model and tokenizer with fingerprints, tasks, seed, versions, date.
         validity: the weights of `min_validity`, by name.
         advised: by validity floor, such as ``"0.8"``, the chain to use; a floor that nothing reaches is missing.
-        risk: by epsilon the chain, as text, whose expected invalidity is controlled; None where these tasks can't promise it.
+        risk: by rule, ``min_validity`` or ``risk_budget``, and epsilon the chain, as text, whose expected invalidity is
+            controlled; None where these tasks can't promise it.
         report: how well it fits.
     """
 
     about: Mapping[str, Any]
     validity: Mapping[str, float]
     advised: Mapping[str, Advised]
-    risk: Mapping[str, str | None]
+    risk: Mapping[str, Mapping[str, str | None]]
     report: Mapping[str, Any]
 
     def chain(self, floor: float = 0.8) -> Chain:
@@ -154,24 +155,27 @@ class Calibration:
         """The cut at an estimated validity, with the weights of the file."""
         return min_validity(level, **self.validity)
 
-    def controlled(self, epsilon: float) -> Chain:
+    def controlled(self, epsilon: float, rule: str = "min_validity") -> Chain:
         """A cut such that a text is invalid with probability at most ``epsilon``, on average over tasks like those of the file.
 
         By conformal risk control (Angelopoulos et al., arXiv 2208.02814), at temperature 1: it holds if the new task and those
         of the file are exchangeable, such as draws from the same pool, and for the average over draws of all of them.
 
+        Args:
+            rule: ``min_validity`` cuts at one level; ``risk_budget`` spends more where a text was sure so far.
+
         Raises:
-            DecalError: the file has no such epsilon, or its tasks can't promise it.
+            DecalError: the file has no such rule or epsilon, or its tasks can't promise it.
         """
         from decal.samplers.chain import parse
 
-        chain = _of(self.risk, epsilon, "epsilon")
+        chain = _of(_of(self.risk, rule, "rule"), epsilon, "epsilon")
         if chain is None:
             raise DecalError(f"the tasks of this calibration can't promise an invalidity of at most {epsilon:g}")
         return parse(chain)
 
 
-def _of(table: Mapping[str, Any], key: float, what: str) -> Any:
+def _of(table: Mapping[str, Any], key: float | str, what: str) -> Any:
     name = f"{key:g}" if isinstance(key, (int, float)) else str(key)
     if name not in table:
         raise DecalError(f"the calibration has no {what} {name}; it has {', '.join(table) or 'none'}")
@@ -236,12 +240,17 @@ def _read(file: Path) -> Calibration:
             about=dict(content["about"]),
             validity={name: float(weight) for name, weight in content["validity"].items()},
             advised={floor: Advised(**one) for floor, one in content["advised"].items()},
-            risk={epsilon: None if chain is None else str(chain) for epsilon, chain in content["risk"].items()},
+            risk={
+                rule: {epsilon: None if chain is None else str(chain) for epsilon, chain in chains.items()}
+                for rule, chains in content["risk"].items()
+            },
             report=dict(content["report"]),
         )
         found.about["fingerprint"]["model"], found.about["model"]
         found.min_validity(0.5)
-        for chain in (*(one.chain for one in found.advised.values()), *filter(None, found.risk.values())):
+        for chain in (one.chain for one in found.advised.values()):
+            parse(chain)
+        for chain in (chain for chains in found.risk.values() for chain in chains.values() if chain is not None):
             parse(chain)
     except DecalError as error:
         raise DecalError(f"{file}: {error}") from None

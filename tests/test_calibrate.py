@@ -171,6 +171,7 @@ def test_calibrate_from_end_to_end(run: Run, model, tmp_path) -> None:  # noqa: 
     found = calibrated.load(out)
     z = torch.randn(2, 300)
     assert found.min_validity(0.3)(z).shape == z.shape
+    assert set(found.risk) == {"min_validity", "risk_budget"}
     for one in found.advised.values():
         assert 0 <= one.score <= one.diversity <= 1
     assert "Log loss" in result.out

@@ -108,7 +108,7 @@ def content(**changes: Any) -> dict[str, Any]:
         about={"model": "tiny", "fingerprint": calibrated.fingerprint(model, tokenizer)},
         validity=WEIGHTS,
         advised={"0.8": calibrated.Advised("min_p(0.1) | temperature(1.4)", 0.5, 0.9, 0.85, 0.6)},
-        risk={"0.1": None, "0.3": "min_validity(0.6, 1.0, 0.5, -0.1)"},
+        risk={"min_validity": {"0.1": None, "0.3": "min_validity(0.6, 1.0, 0.5, -0.1)"}, "risk_budget": {}},
         report={},
     )
     from dataclasses import asdict
@@ -135,6 +135,10 @@ def test_a_file_gives_chains(tmp_path: Path) -> None:
         found.controlled(0.1)
     with pytest.raises(DecalError, match=r"no epsilon 0\.2"):
         found.controlled(0.2)
+    with pytest.raises(DecalError, match=r"no epsilon 0\.3; it has none"):
+        found.controlled(0.3, "risk_budget")
+    with pytest.raises(DecalError, match="no rule min_p; it has min_validity, risk_budget"):
+        found.controlled(0.3, "min_p")
 
 
 def test_a_file_of_another_model_warns_or_refuses(tmp_path: Path) -> None:
@@ -178,7 +182,7 @@ def test_a_fingerprint_is_that_of_the_weights_in_any_type() -> None:
         ({"validity": {"gap": -1}}, "gap must be"),
         ({"advised": {"0.8": {"chain": "min_p(0.1)"}}}, "no calibration: TypeError"),
         ({"advised": {"0.8": {"chain": "min_pp(0.1)", "score": 0, "reached": 0, "validity": 0, "diversity": 0}}}, "min_pp"),
-        ({"risk": {"0.1": "rm -rf"}}, "c.json: "),
+        ({"risk": {"min_validity": {"0.1": "rm -rf"}}}, "c.json: "),
         ({"risk": 7}, "no calibration: AttributeError"),
         ({"about": {"model": "m"}}, "no calibration: KeyError 'fingerprint'"),
         ({"report": None}, "no calibration: TypeError"),

@@ -1,0 +1,253 @@
+"""The page docs/calibration.md, from what ``run.py`` left for each model.
+
+python benchmarks/calibration/report.py results/smollm2 results/gemma3-270m --shots results/smollm2-12 --out docs
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import click
+import numpy as np
+from run import BASELINES, ROW_ONLY, group_of
+
+from decal.eval import calibrate
+from decal.eval.paths import atomic_write
+
+FLOORS = (0.5, 0.8, 0.9)
+FULL = "ensemble | min_p"
+READ = ("ensemble | min_p", "ensemble | top_p", "ensemble | top_k", "ensemble | top_n_sigma")
+LEAST_GAP = 0.02
+WORSE = 0.02
+RESAMPLES = 2000
+SPLITS = 200
+EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What one model gave; S settings, T tasks, D prompts."""
+
+    name: str
+    tasks: list[str]
+    family: np.ndarray
+    setting: np.ndarray
+    validity: np.ndarray
+    diversity: np.ndarray
+    mask: np.ndarray
+    about: dict[str, tuple[int, int, dict[str, float]]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Runs:
+        """From the files of a folder."""
+        files = sorted(folder.glob("*.npz"))
+        data = [dict(np.load(file)) for file in files]
+        family = data[0]["family"]
+        own = ~np.char.startswith(family, "oracle")
+        masks = [one["family"] == "oracle: validity mask" for one in data]
+        return cls(
+            folder.name,
+            [file.stem for file in files],
+            family[own],
+            data[0]["setting"][own],
+            np.stack([one["validity"][: own.sum()] for one in data], 1),
+            np.stack([one["diversity"][: own.sum()] for one in data], 1),
+            np.stack([one["diversity"][m].max(0) for one, m in zip(data, masks, strict=True)]),
+            {
+                f.stem: (int(o["size"]), int(o["prefixes"]), json.loads(str(o["weights"])))
+                for f, o in zip(files, data, strict=True)
+            },
+        )
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Tasks that are siblings."""
+        names = [group_of(task) for task in self.tasks]
+        return [[i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)]
+
+    def of(self, *families: str) -> np.ndarray:
+        """Numbers of the settings of some families."""
+        return np.flatnonzero(np.isin(self.family, families))
+
+    def scores(self, floor: float) -> np.ndarray:
+        """(S, T, D) diversity where the floor is reached, else 0."""
+        return np.where(self.validity >= floor - 1e-9, self.diversity, 0.0)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A contender at a floor: its scores (T, D) with the setting of other tasks, and with the best setting on the prompt."""
+
+    transferred: np.ndarray
+    without_siblings: np.ndarray
+    best: np.ndarray
+
+    @classmethod
+    def of(cls, runs: Runs, floor: float, settings: np.ndarray) -> Told:
+        """Of a contender with these settings."""
+        scores = runs.scores(floor)[settings]
+        tasks = np.arange(len(runs.tasks))
+        alone, apart = (calibrate.left_out(scores.mean(-1), groups) for groups in (None, runs.groups))
+        return cls(scores[alone, tasks], scores[apart, tasks], scores.max(0))
+
+
+def median(values: np.ndarray, kept: np.ndarray, seed: int = 0) -> str:
+    """Median over cases (T, D), with a bootstrap interval over tasks."""
+    if not kept.any():
+        return "–"
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    found = [np.median(values[d][kept[d]]) for d in drawn if kept[d].any()]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return f"{np.median(values[kept]):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def mean(values: np.ndarray, seed: int = 0) -> str:
+    """Mean over tasks, with a bootstrap interval over tasks."""
+    rng = np.random.default_rng(seed)
+    own = values.mean(-1)
+    found = own[rng.integers(len(own), size=(RESAMPLES, len(own)))].mean(-1)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return f"{own.mean():.3f} [{low:.2f}, {high:.2f}]"
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [headings, ["---"] * len(headings), *rows])
+
+
+def contenders(runs: Runs) -> dict[str, np.ndarray]:
+    """By name, the settings of everything that is compared."""
+    found = {f"row only: {family}": runs.of(family) for family in ROW_ONLY}
+    found |= {f"{'full' if family == FULL else 'reads prompts'}: {family}": runs.of(family) for family in READ}
+    found |= {"reads prompts: any of the four": runs.of(*READ), "baselines and all of these": np.arange(len(runs.family))}
+    return {name: settings for name, settings in found.items() if len(settings)}
+
+
+def floor_table(runs: Runs, floor: float) -> str:
+    """Everything at a floor."""
+    base = Told.of(runs, floor, runs.of(*BASELINES))
+    able = runs.scores(floor).max(0) > 0
+    rows = [["best baseline", mean(base.transferred), f"{(base.transferred == 0).mean():.0%}", mean(base.best),
+             f"{(base.best == 0).mean():.0%}", "", "", "", ""]]  # fmt: skip
+    for name, settings in contenders(runs).items():
+        one = Told.of(runs, floor, settings)
+        open_ = runs.mask - base.transferred >= LEAST_GAP
+        closed = (one.transferred - base.transferred) / np.where(open_, runs.mask - base.transferred, 1.0)
+        both = runs.mask - base.best >= LEAST_GAP
+        tuned = (one.best - base.best) / np.where(both, runs.mask - base.best, 1.0)
+        worse = (one.transferred < (1 - WORSE) * base.transferred).mean()
+        rows.append(
+            [
+                name,
+                mean(one.transferred),
+                f"{(one.transferred == 0).mean():.0%}",
+                mean(one.best),
+                f"{(one.best == 0).mean():.0%}",
+                median(closed, open_),
+                median(closed, open_ & able),
+                median(tuned, both),
+                f"{worse:.0%}",
+            ]
+        )
+    headings = [
+        "",
+        "score, settings from other tasks",
+        "of these 0",
+        "score, best on the prompt",
+        "of these 0",
+        "gap closed, median",
+        "where the floor can be reached",
+        "gap closed, both best on the prompt",
+        "more than 2 % worse",
+    ]
+    return table(headings, rows)
+
+
+def sibling_line(runs: Runs, floor: float) -> str:
+    """Scores when siblings are left out too."""
+    base = Told.of(runs, floor, runs.of(*BASELINES)).without_siblings
+    full = Told.of(runs, floor, runs.of(FULL)).without_siblings
+    row = Told.of(runs, floor, runs.of(ROW_ONLY[0])).without_siblings
+    return f"baselines {mean(base)}, {ROW_ONLY[0]} {mean(row)}, {FULL} {mean(full)}"
+
+
+def task_table(runs: Runs, floor: float) -> str:
+    """A line for each task."""
+    base, full, row = (Told.of(runs, floor, runs.of(*f)) for f in (BASELINES, (FULL,), (ROW_ONLY[0],)))
+    rows = []
+    for t, task in enumerate(runs.tasks):
+        cells = [told[t].mean() for one in (base, row, full) for told in (one.transferred, one.best)]
+        rows.append([task, str(runs.about[task][0]), *(f"{cell:.2f}" for cell in cells), f"{runs.mask[t].mean():.2f}"])
+    two = [f"{name}, {how}" for name in ("baseline", ROW_ONLY[0], FULL) for how in ("from other tasks", "best here")]
+    return table(["task", "answers", *two, "mask"], rows)
+
+
+def risk_table(runs: Runs, seed: int = 0) -> str:
+    """Realised invalidity over random halves of the tasks."""
+    levels = [i for i in runs.of(ROW_ONLY[0]) if "temperature(1.0)" in runs.setting[i] or "temperature" not in runs.setting[i]]
+    order = sorted(levels, key=lambda i: runs.validity[i].mean())
+    loss = 1 - runs.validity[order].mean(-1).T
+    rng = np.random.default_rng(seed)
+    rows = []
+    for epsilon in EPSILONS:
+        realised = []
+        for _ in range(SPLITS):
+            some = rng.permutation(len(loss))
+            half = len(loss) // 2
+            level = calibrate.conformal(loss[some[:half]], epsilon)
+            if level is not None:
+                realised.append(loss[some[half:], level].mean())
+        got = np.asarray(realised)
+        above = f"{(got > epsilon).mean():.0%}" if len(got) else "–"
+        average = f"{got.mean():.3f} ± {2 * got.std() / np.sqrt(len(got)):.3f}" if len(got) > 1 else "–"
+        rows.append([f"{epsilon:g}", f"{SPLITS - len(got)}", average, above])
+    return table(
+        ["epsilon", f"refused, of {SPLITS}", "mean invalidity on the other half", "splits with more than epsilon there"], rows
+    )
+
+
+def shots_table(few: Runs, many: Runs) -> str:
+    """Baselines on prompts with more exemplars."""
+    tasks = [t for t in few.tasks if t in many.tasks]
+    rows = []
+    for floor in FLOORS:
+        cells = []
+        for runs, families in ((few, BASELINES), (many, BASELINES), (few, (FULL,))):
+            kept = [runs.tasks.index(t) for t in tasks]
+            families = tuple(f for f in families if f in set(many.family) or families == (FULL,))
+            cells.append(mean(runs.scores(floor)[runs.of(*families)].max(0)[kept]))
+        rows.append([f"{floor:g}", *cells])
+    return table(["floor", "baselines, 4 exemplars", "baselines, 12 exemplars", f"{FULL}, three prompts of 4"], rows)
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--shots", type=click.Path(path_type=Path, exists=True), help="Baselines on prompts with more exemplars.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
+def main(folders: tuple[Path, ...], shots: Path | None, out: Path) -> None:
+    """Write calibration.md."""
+    intro = (Path(__file__).parent / "page.md").read_text()
+    parts = []
+    for folder in folders:
+        runs = Runs.read(folder)
+        sizes = sum(prefixes for _, prefixes, _ in runs.about.values())
+        parts.append(f"## {runs.name}\n\n{len(runs.tasks)} tasks, {runs.validity.shape[2]} prompts each, {sizes} prefixes.")
+        for floor in FLOORS:
+            parts.append(f"### Validity at least {floor:g}\n\n{floor_table(runs, floor)}")
+            parts.append(f"With siblings of the task left out too, scores from other tasks: {sibling_line(runs, floor)}.")
+        parts.append(f"### By task, at validity 0.8\n\n{task_table(runs, 0.8)}")
+        parts.append(f"### Controlled risk\n\n{risk_table(runs)}")
+        weights = [w for _, _, w in runs.about.values()]
+        spread = ", ".join(f"{k} {np.mean([w[k] for w in weights]):.2f}" for k in ("offset", "gap", "entropy"))
+        parts.append(f"Mean weights of the estimate: {spread}.")
+    if shots is not None:
+        parts.append(f"## More exemplars instead of more prompts\n\n{shots_table(Runs.read(folders[0]), Runs.read(shots))}")
+    atomic_write(out / "calibration.md", intro.rstrip() + "\n\n" + "\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
