@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from decal.eval import grid
 from decal.eval.exact import Interest, Rows
 from decal.eval.forward import needed
 from decal.eval.frontier import Evaluation, TaskResult
@@ -34,6 +35,12 @@ FEATURES = (("gap",), ("gap", "entropy"), ("gap", "peak"), ("gap", "spread"), ("
 """What the estimate may read; the set with the least log loss on tasks left out is taken."""
 
 WEIGHTS = ("gap", "entropy", "peak", "spread")
+ENTROPIES = (0.5, 1.5, 3.0, 5.0)
+"""Edges of the bins of `conformal_nucleus`, in nats."""
+
+CONFIDENCES = (0.1, 0.3, 0.6, 0.9)
+"""Edges of the bins of `calibrated_top_k`."""
+
 HEAD = 64
 """Most probable tokens of a row that are looked at, beside the valid ones."""
 
@@ -64,11 +71,18 @@ class Sample:
         features: (N, 4), in the order of `WEIGHTS`.
         valid: (N,) whether a valid answer goes on, or ends, with the token.
         weight: (N,) sums to 1; every row counts alike.
+        head: (R, min(`HEAD`, V)) whether the tokens of a row are valid, by rank.
+        above: for each of R rows the mass that is strictly more probable than each valid token.
+        entropy, peak: (R,) of the row, in nats, and its largest probability.
     """
 
     features: np.ndarray
     valid: np.ndarray
     weight: np.ndarray
+    head: np.ndarray
+    above: Sequence[np.ndarray]
+    entropy: np.ndarray
+    peak: np.ndarray
 
     @classmethod
     def of(cls, trie: TokenTrie, rows: Rows) -> Sample:
@@ -78,7 +92,7 @@ class Sample:
         for node, token, kind in zip(interest.node.tolist(), interest.token.tolist(), interest.kind.tolist(), strict=True):
             if kind != 2:
                 valid_of.setdefault(node, []).append(token)
-        features, valid, weight = [], [], []
+        features, valid, weight, head, above, shapes = [], [], [], [], [], []
         for nodes, logits in rows:
             for node, row in zip(nodes, logits, strict=True):
                 if not needed(trie, node):
@@ -86,14 +100,20 @@ class Sample:
                 log_p = row.double().log_softmax(-1)
                 shape = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(), log_p.max(), row.double().std(correction=0)
                 good = torch.tensor(valid_of[node])
-                tokens = torch.unique(torch.cat([good, log_p.topk(min(HEAD, len(log_p))).indices]))
+                ranked = log_p.topk(min(HEAD, len(log_p))).indices
+                head.append(torch.isin(ranked, good).numpy())
+                above.append(np.asarray([float(log_p[log_p > log_p[token]].exp().sum()) for token in good]))
+                shapes.append((float(shape[0]), float(shape[1].exp())))
+                tokens = torch.unique(torch.cat([good, ranked]))
                 gap = log_p[tokens] - log_p.max()
                 near = gap > -REACH
                 features.append(torch.stack([gap, *(v.expand(len(gap)) for v in shape)], -1)[near])
                 valid.append(torch.isin(tokens, good)[near])
                 weight.append(torch.full((int(near.sum()),), 1 / max(int(near.sum()), 1), dtype=torch.float64))
         weights = torch.cat(weight).numpy()
-        return cls(torch.cat(features).numpy(), torch.cat(valid).numpy(), weights / weights.sum())
+        entropy, peak = np.asarray(shapes).T
+        valids = torch.cat(valid).numpy()
+        return cls(torch.cat(features).numpy(), valids, weights / weights.sum(), np.asarray(head), above, entropy, peak)
 
 
 def fit(samples: Sequence[Sample], features: Sequence[str] = WEIGHTS) -> dict[str, float]:
@@ -118,6 +138,51 @@ def fit(samples: Sequence[Sample], features: Sequence[str] = WEIGHTS) -> dict[st
     return {name: float(f"{v:.6g}") for name, v in {"offset": float(model.intercept_[0]), **found}.items()}
 
 
+def nucleus(samples: Sequence[Sample], alpha: float) -> tuple[float, ...]:
+    """Table of `conformal_nucleus` for the bins of `ENTROPIES`: a valid token, any of a row's alike, is missed with ``alpha``.
+
+    The split-conformal quantile over the rows of a bin, which stand for (1 + 1 / rows) of themselves; bins without rows get
+    that of all.
+    """
+    every = [(h, above) for s in samples for h, above in zip(s.entropy, s.above, strict=True)]
+    bins = np.digitize([h for h, _ in every], ENTROPIES)
+
+    def quantile(rows: Sequence[np.ndarray]) -> float:
+        score = np.concatenate(rows)
+        weight = np.concatenate([np.full(len(r), 1 / len(r)) for r in rows]) / len(rows)
+        order = np.argsort(score)
+        reached = np.searchsorted(weight[order].cumsum(), (1 - alpha) * (1 + 1 / len(rows)) - 1e-12)
+        # A token is kept if less than p lies above it.
+        return float(np.nextafter(np.float64(score[order][reached]), 2)) if reached < len(score) else 1.0
+
+    whole = quantile([above for _, above in every])
+    inside = [[above for (_, above), b in zip(every, bins, strict=True) if b == i] for i in range(len(ENTROPIES) + 1)]
+    return tuple(min(quantile(rows), 1.0) if rows else whole for rows in inside)
+
+
+def sizes(samples: Sequence[Sample], level: float) -> tuple[float, ...]:
+    """Table of `calibrated_top_k` for the bins of `CONFIDENCES`: the last rank at which tokens are valid with ``level``.
+
+    Frequencies by rank are made to fall with it (isotonic regression); a bin without rows keeps one token.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    head = np.concatenate([s.head for s in samples])
+    weight = np.concatenate([np.full(len(s.peak), 1 / len(s.peak)) for s in samples])
+    bins = np.digitize(np.concatenate([s.peak for s in samples]), CONFIDENCES)
+    ranks = np.arange(1, head.shape[1] + 1)
+    found = []
+    for i in range(len(CONFIDENCES) + 1):
+        rows = bins == i
+        if not rows.any():
+            found.append(1.0)
+            continue
+        share = np.average(head[rows], axis=0, weights=weight[rows])
+        falling = IsotonicRegression(increasing=False).fit_transform(ranks, share)
+        found.append(float(max(1, (falling >= level).sum())))
+    return tuple(found)
+
+
 def log_loss(weights: Mapping[str, float], sample: Sample) -> float:
     """Mean over tokens of a prompt of -log of the estimated probability of what is true, in nats."""
     odds = weights["offset"] + sample.features @ np.asarray([weights[name] for name in WEIGHTS])
@@ -131,8 +196,25 @@ def folds(count: int, number: int = FOLDS, seed: int = 0) -> np.ndarray:
 
 def by_folds(samples: Sequence[Sequence[Sample]], fold: np.ndarray, features: Sequence[str]) -> list[dict[str, float]]:
     """For each task, weights fitted on the tasks of other folds."""
-    fitted = {k: fit([s for t, task in enumerate(samples) if fold[t] != k for s in task], features) for k in set(fold.tolist())}
-    return [fitted[k] for k in fold.tolist()]
+    return _without(samples, fold, lambda others: fit(others, features))
+
+
+def _without(samples: Sequence[Sequence[Sample]], fold: np.ndarray, make: Callable[[list[Sample]], Any]) -> list[Any]:
+    """For each task, what is made of the tasks of other folds."""
+    made = {k: make([s for t, task in enumerate(samples) if fold[t] != k for s in task]) for k in set(fold.tolist())}
+    return [made[k] for k in fold.tolist()]
+
+
+def settings(samples: Sequence[Sample], weights: Mapping[str, float], budget: int, seed: int, prompts: bool) -> list[Setting]:
+    """The settings that chains are chosen among, those of calibrated rules as fitted; ``budget`` of every sampler."""
+    drawn = [replace(s, chain=with_weights(s.chain, weights)) for s in grid.drawn(budget, seed, prompts=prompts, rules=RULES)]
+    for alpha, t in grid.points((0.02, 0.5), grid.RANGE, count=budget, seed=seed):
+        cut = calibrated.conformal_nucleus(nucleus(samples, alpha), ENTROPIES)
+        drawn.append(Setting("conformal_nucleus", cut | find("temperature")(t)))
+    for level, t in grid.points((0.05, 0.8), grid.RANGE, count=budget, seed=seed):
+        cut = calibrated.calibrated_top_k(sizes(samples, level), CONFIDENCES)
+        drawn.append(Setting("calibrated_top_k", cut | find("temperature")(t)))
+    return drawn
 
 
 def choose_features(samples: Sequence[Sequence[Sample]], fold: np.ndarray) -> dict[str, float]:
@@ -215,13 +297,15 @@ class Fitting:
 
     Args:
         model: as `decal.eval.models.load` gives it.
-        settings: the chains to choose among.
-        seed: decides exemplars and folds.
+        budget: settings of every sampler.
+        prompts: whether chains may read other prompts.
+        seed: decides exemplars, folds and settings.
         report: told about progress.
     """
 
     model: LoadedModel
-    settings: Sequence[Setting]
+    budget: int
+    prompts: bool = False
     seed: int = 0
     cache: bool = True
     report: Callable[[str, int, int], None] = lambda what, done, total: None
@@ -245,16 +329,13 @@ class Fitting:
             done()
         return found
 
-    def results(
-        self, questions: Sequence[Question], weights: Sequence[Mapping[str, float]], done: Callable[[], None]
-    ) -> Results:
-        """Every setting on every task, the estimate with the weights of the task; settings are named without them."""
+    def results(self, questions: Sequence[Question], tried: Sequence[Sequence[Setting]], done: Callable[[], None]) -> Results:
+        """The settings of each task on it."""
         found: list[TaskResult] = []
-        for question, own in zip(questions, weights, strict=True):
-            settings = [replace(s, chain=with_weights(s.chain, own)) for s in self.settings]
-            found.append(self.evaluation(settings).run(question))
+        for question, own in zip(questions, tried, strict=True):
+            found.append(self.evaluation(own).run(question))
             done()
-        return replace(Results.of(found), setting=tuple(str(s.chain) for s in self.settings))
+        return Results.of(found)
 
     def losses(self, questions: Sequence[Question], chains: Sequence[Chain], done: Callable[[], None]) -> np.ndarray:
         """(T, L) expected invalidity of a text under each chain, averaged over prompts."""
@@ -284,10 +365,16 @@ def calibrate(
     fold = folds(len(questions), seed=fitting.seed)
     losses = choose_features(samples, fold)
     features = best(losses)
-    weights = fit([s for task in samples for s in task], features)
-    results = fitting.results(questions, by_folds(samples, fold, features), done)
-    named = tuple(str(with_weights(s.chain, weights)) for s in fitting.settings)
-    results = replace(results, setting=named)
+    every = [s for task in samples for s in task]
+    weights = fit(every, features)
+
+    def tried(some: list[Sample]) -> list[Setting]:
+        return settings(some, fit(some, features), fitting.budget, fitting.seed, fitting.prompts)
+
+    # On each task settings as fitted on others, so many of each kind; what is advised is fitted on all.
+    chosen_among = tried(every)
+    results = fitting.results(questions, _without(samples, fold, tried), done)
+    results = replace(results, setting=tuple(str(s.chain) for s in chosen_among))
     advised = {f"{floor:g}": advise(results, floor) for floor in FLOORS}
 
     # Risk is controlled on tasks that had no part in the estimate whose levels are tried on them.
@@ -309,7 +396,7 @@ def calibrate(
         report={
             "log_loss_on_tasks_left_out": losses,
             "features": features,
-            "settings": len(fitting.settings),
+            "settings": len(chosen_among),
             "floors_never_reached": [floor for floor, one in advised.items() if one is None],
             "risk_fitted_on": [q.task.name for t, q in enumerate(questions) if half[t] == 0],
             "risk_controlled_on": [q.task.name for t, q in enumerate(questions) if half[t] == 1],

@@ -271,7 +271,8 @@ def calibrate(out: Path, budget: int, read_prompts: bool, tasks: tuple[str, ...]
     small = [q for q in job.questions if len(build(q.valid, q.policy)[0]) <= calibration.MOST_PREFIXES]
     questions = job.questions if tasks else small
     with _progress(2 * len(questions) + len(questions) // 2) as (report_to, task_done):
-        fitting = calibration.Fitting(loaded, job.evaluation.settings, job.evaluation.seed, job.evaluation.cache, report_to)
+        cache, seed = job.evaluation.cache, job.evaluation.seed
+        fitting = calibration.Fitting(loaded, budget, read_prompts, seed, cache, report_to)
         about = {"model": loaded.name, "tasks": [q.task.name for q in questions], "prompts": draws or 3, "note": loaded.note}
         found = calibration.calibrate(fitting, questions, job.about | about, task_done)
     atomic_write(out, calibration.written(found))

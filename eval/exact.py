@@ -24,7 +24,7 @@ from decal.samplers.context import Context, History, Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.guided import Guide
 from decal.samplers.row import DenseRow
-from decal.samplers.rule import Rule, Step
+from decal.samplers.rule import Rule, Step, TokensParameter
 from decal.samplers.trie import TokenTrie
 from decal.samplers.views import Views
 
@@ -66,7 +66,10 @@ class Group:
     @property
     def named(self) -> bool:
         """Whether it matters which token is which."""
-        spared = any(isinstance(v, tuple) and v for values in self.values for v in values.values())
+        pairs = (
+            (p, values[name]) for rule, values in zip(self.rules, self.values, strict=True) for name, p in rule.params.items()
+        )
+        spared = any(isinstance(p, TokensParameter) and v for p, v in pairs)
         return spared or any(rule.tokenwise and rule.needs & {"history", "model"} for rule in self.rules)
 
     @property

@@ -163,6 +163,11 @@ def _points(axes: Sequence[_Axis], count: int, seed: int) -> list[list[float]]:
     return [[axis.at(share) for axis, share in zip(axes, point, strict=True)] for point in shares.tolist()]
 
 
+def points(*ranges: tuple[float, float], count: int, seed: int) -> list[list[float]]:
+    """``count`` points spread evenly over ranges (Halton's sequence), to three digits; see `_Axis`."""
+    return _points([_Axis.of(one) for one in ranges], count, seed)
+
+
 def _tried(slow: bool) -> list[Rule]:
     """The rules that samplers are compared by."""
     left_out = {"answers", "prompts"}

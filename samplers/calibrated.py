@@ -24,7 +24,7 @@ from torch import Tensor
 
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Row
-from decal.samplers.rule import Feedback, Param, rule
+from decal.samplers.rule import Feedback, Numbers, Param, rule
 
 if TYPE_CHECKING:
     from decal.samplers.chain import Chain
@@ -99,6 +99,46 @@ def risk_budget(
     # -log v <= a where the odds are at least 1 / (exp(a) - 1).
     needed = -(allowed + torch.log(-torch.expm1(-allowed)))
     return row.max + (needed - _base(row, offset, entropy, peak, spread)) / gap
+
+
+def _by(value: Tensor, edges: tuple[float, ...], table: tuple[float, ...]) -> Tensor:
+    """(B, 1) the entry of the table for the bin that ``value`` is in; bin i ends below ``edges[i]``."""
+    if len(table) != len(edges) + 1:
+        raise DecalError(f"{len(edges)} edges make {len(edges) + 1} bins, got a table of {len(table)}")
+    found = torch.zeros_like(value) + table[0]
+    for edge, entry in zip(edges, table[1:], strict=True):
+        found = torch.where(value >= edge, entry, found)
+    return found
+
+
+@rule(paper="arXiv:2305.02633", side="before")
+def conformal_nucleus(
+    row: Row,
+    p: tuple[float, ...] = Numbers((0.5, 0.8, 0.95), low=0, high=1),
+    edges: tuple[float, ...] = Numbers((1.0, 3.0), low=0, high=1000, ascending=True),
+) -> Tensor:
+    """Keep the smallest set of most probable tokens whose mass reaches a share that depends on the row's entropy.
+
+    Kept: what ``top_p`` keeps at p[i], i the number of ``edges``, in nats, that the entropy reaches. ``decal calibrate`` fits a
+    table such that a set misses a valid token no more often than asked for, in every bin. Conformal Nucleus Sampling, Ravfogel
+    et al. 2023.
+    """
+    return row.upper(mass=_by(row.entropy, edges, p))
+
+
+@rule(paper="arXiv:2510.05987", side="before")
+def calibrated_top_k(
+    row: Row,
+    k: tuple[float, ...] = Numbers((20, 5, 2), low=1, high=1e9),
+    edges: tuple[float, ...] = Numbers((0.2, 0.6), low=0, high=1, ascending=True),
+) -> Tensor:
+    """Keep so many of the most probable tokens as are right often enough where the model is that confident.
+
+    Kept: what ``top_k`` keeps at k[i], rounded down, i the number of ``edges`` that the largest probability reaches. ``decal
+    calibrate`` fits a table such that the last rank kept is valid with the frequency asked for. Calibrated-TopK of Sample
+    Smart, Not Hard, 2025.
+    """
+    return row.upper(count=torch.floor(_by(torch.exp(row.max - row.logz), edges, k)))
 
 
 # ---- files

@@ -25,7 +25,7 @@ from decal.kernels.program import Untraceable
 from decal.samplers.context import GIVEN, Context, Given, History, Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Affine, Band, DenseRow, Keep, Map
-from decal.samplers.rule import Rule, Step, find
+from decal.samplers.rule import Rule, Step, TokensParameter, find
 from decal.samplers.trace import Traced, trace
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Pass:
             if (
                 one.rule.tokenwise
                 or one.rule.needs & {"state", "chance"}
-                or any(isinstance(v, tuple) for v in one.values.values())
+                or any(isinstance(p, TokensParameter) for p in one.rule.params.values())
             ):
                 return "it has a pass of its own" if one is step else f"{one.rule.name} has a pass of its own"
         reads = step.rule.reads
@@ -735,7 +735,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return [_plain(v) for v in value[:, 0].tolist()]
     if isinstance(value, tuple):
-        return {"tokens": list(value)}
+        return {"numbers" if any(isinstance(v, float) for v in value) else "tokens": list(value)}
     return "inf" if value == math.inf else value
 
 
@@ -813,6 +813,6 @@ def from_json(text: str) -> Chain:
 def _unplain(value: Any, rule: str) -> Any:
     if isinstance(value, list):
         return _column([_unplain(v, rule) for v in value], rule)
-    if isinstance(value, dict) and set(value) == {"tokens"} and isinstance(value["tokens"], list):
-        return tuple(value["tokens"])
+    if isinstance(value, dict) and set(value) in ({"tokens"}, {"numbers"}) and all(isinstance(v, list) for v in value.values()):
+        return tuple(next(iter(value.values())))
     return math.inf if value == "inf" else value

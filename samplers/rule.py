@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from importlib import import_module
 from importlib.metadata import entry_points
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ from decal.samplers.row import Affine, Answer, Band, BaseRow, DenseRow, Keep, Ma
 if TYPE_CHECKING:
     from decal.samplers.chain import Chain
 
-Value = float | int | str | tuple[int, ...] | Tensor
+Value = float | int | str | tuple[int, ...] | tuple[float, ...] | Tensor
 State = Mapping[str, Tensor]
 
 
@@ -179,7 +179,47 @@ class TokensParameter:
         return repr(value)
 
 
-AnyParameter = Parameter | ChoiceParameter | TokensParameter
+@dataclass(frozen=True)
+class NumbersParameter:
+    """Declaration of a table: numbers in [low, high], ascending if ``sorted_``."""
+
+    default: tuple[float, ...]
+    low: float
+    high: float
+    sorted_: bool
+    off: None = None
+    static: bool = True
+
+    @property
+    def sweep(self) -> tuple[tuple[float, ...], ...]:
+        """Nothing but the default is compared."""
+        return (self.default,)
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values, in words."""
+        return f"a tuple of {'ascending ' if self.sorted_ else ''}numbers in [{self.low:g}, {self.high:g}]"
+
+    def check(self, where: str, value: Any) -> tuple[float, ...]:
+        """``value`` as a tuple of floats. Raises DecalError."""
+        real = isinstance(value, (tuple, list)) and all(
+            isinstance(v, numbers.Real) and not isinstance(v, bool) and self.low <= float(v) <= self.high for v in value
+        )
+        if not real or (self.sorted_ and any(a >= b for a, b in pairwise(value))):
+            got = value[:, 0].tolist() if isinstance(value, Tensor) and value.dim() == 2 else value
+            raise DecalError(f"{where} must be {self.allowed} such as {_example(self.default)}, got {got!r}")
+        return tuple(float(v) for v in value)
+
+    def text(self, value: Value) -> str:
+        """How a chain's text form writes ``value``."""
+        return repr(value)
+
+
+def _example(values: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{v:g}" for v in values[:2]) + ")"
+
+
+AnyParameter = Parameter | ChoiceParameter | TokensParameter | NumbersParameter
 
 
 def Param(
@@ -209,6 +249,16 @@ def Param(
 def Choice(default: str, *others: str) -> Any:
     """Default value of a rule's argument that declares it as one of these words; the body sees the word."""
     return ChoiceParameter(default, (default, *others))
+
+
+def Numbers(default: tuple[float, ...], *, low: float, high: float, ascending: bool = False) -> Any:
+    """Default value of a rule's argument that declares it as a table of numbers, the same for all rows; the body sees a tuple.
+
+    Args:
+        low, high: the allowed closed interval.
+        ascending: each must be larger than the one before.
+    """
+    return NumbersParameter(tuple(map(float, default)), low, high, ascending)
 
 
 def Tokens() -> Any:
@@ -499,7 +549,7 @@ def rule(
         arguments = list(inspect.signature(body).parameters.values())[1:]
         for argument in arguments:
             if not isinstance(argument.default, AnyParameter):
-                wanted = "a Param(...), Choice(...) or Tokens() as its default"
+                wanted = "a Param(...), Choice(...), Numbers(...) or Tokens() as its default"
                 raise DecalError(f"rule {body.__name__}: argument {argument.name!r} needs {wanted}")
         if body.__name__ in RULES:
             raise DecalError(f"rule {body.__name__} is declared already, in {RULES[body.__name__].body.__module__}")

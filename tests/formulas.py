@@ -625,6 +625,20 @@ def risk_budget(z: Row, risk: float, share: float, drawn: Sequence[float], **wei
         return of_odds(z, estimated_validity(z, **weights), float(-np.log(np.expm1(share * left))))
 
 
+def conformal_nucleus(z: Row, p: Sequence[float], edges: Sequence[float]) -> Answer:
+    h = exact_entropy(z)
+    answer = top_p(z, p[sum(h >= edge for edge in edges)])
+    doubtful = any(abs(h - edge) < 1e-9 for edge in edges)
+    return answer._replace(close=np.ones_like(answer.close)) if doubtful else answer
+
+
+def calibrated_top_k(z: Row, k: Sequence[float], edges: Sequence[float]) -> Answer:
+    confidence = probabilities(z).max()
+    answer = top_k(z, math.floor(k[sum(confidence >= edge for edge in edges)]))
+    doubtful = any(abs(confidence - edge) < 1e-12 for edge in edges)
+    return answer._replace(close=np.ones_like(answer.close)) if doubtful else answer
+
+
 # ---- embeddings
 
 
@@ -741,6 +755,6 @@ FORMULAS: dict[str, Callable[..., Any]] = {
         *(mirostat_k, temperature, flatten, dynamic_temperature, edt, quadratic, target_entropy, cap, power_law, skew),
         *(sparsemax, entmax, l0_bregman, best_of_k),
         *(repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram, dry, xtc, mirostat, adaptive_p),
-        *(min_validity, risk_budget, top_w, basis_aware, guided, ensemble, contrast),
+        *(min_validity, risk_budget, conformal_nucleus, calibrated_top_k, top_w, basis_aware, guided, ensemble, contrast),
     )
 }

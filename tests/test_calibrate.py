@@ -25,7 +25,12 @@ def planted(rng: np.random.Generator, count: int = 4000) -> c.Sample:
         [-rng.exponential(3, count), rng.uniform(0, 4, count), -rng.uniform(0, 3, count), rng.uniform(1, 4, count)], -1
     )
     odds = TRUE["offset"] + x @ [TRUE[name] for name in c.WEIGHTS]
-    return c.Sample(x, rng.random(count) < 1 / (1 + np.exp(-odds)), np.full(count, 1 / count))
+    return sample(x, rng.random(count) < 1 / (1 + np.exp(-odds)))
+
+
+def sample(features: np.ndarray, valid: np.ndarray) -> c.Sample:
+    """Of which only these matter."""
+    return c.Sample(features, valid, np.full(len(valid), 1 / len(valid)), np.zeros((1, 1), bool), [], np.zeros(1), np.zeros(1))
 
 
 def test_planted_weights_are_found() -> None:
@@ -40,7 +45,7 @@ def test_planted_weights_are_found() -> None:
 def test_every_prompt_counts_alike() -> None:
     rng = np.random.default_rng(1)
     one, two = planted(rng, 3000), planted(rng, 3000)
-    twice = c.Sample(*(np.concatenate([v, v]) for v in (two.features, two.valid)), np.full(6000, 1 / 6000))  # type: ignore[call-arg]
+    twice = sample(*(np.concatenate([v, v]) for v in (two.features, two.valid)))
     a, b = c.fit([one, two]), c.fit([one, twice])
     for name in a:
         assert a[name] == pytest.approx(b[name], abs=2e-3)
@@ -50,17 +55,17 @@ def test_what_can_not_be_fitted_is_refused() -> None:
     rng = np.random.default_rng(2)
     one = planted(rng)
     with pytest.raises(DecalError, match="valid and some that aren't"):
-        c.fit([c.Sample(one.features, np.ones(4000, bool), one.weight)])
+        c.fit([sample(one.features, np.ones(4000, bool))])
     with pytest.raises(DecalError, match="nothing to cut at"):
-        c.fit([c.Sample(-one.features, one.valid, one.weight)], ("gap",))
+        c.fit([sample(-one.features, one.valid)], ("gap",))
 
 
 def test_log_loss_by_hand() -> None:
-    sample = planted(np.random.default_rng(3), 200)
-    odds = TRUE["offset"] + sample.features @ [TRUE[name] for name in c.WEIGHTS]
+    one = planted(np.random.default_rng(3), 200)
+    odds = TRUE["offset"] + one.features @ [TRUE[name] for name in c.WEIGHTS]
     p = 1 / (1 + np.exp(-odds))
-    by_hand = -np.mean([math.log(q if good else 1 - q) for q, good in zip(p, sample.valid, strict=True)])
-    assert c.log_loss(TRUE, sample) == pytest.approx(by_hand)
+    by_hand = -np.mean([math.log(q if good else 1 - q) for q, good in zip(p, one.valid, strict=True)])
+    assert c.log_loss(TRUE, one) == pytest.approx(by_hand)
 
 
 def test_tokens_of_a_trie() -> None:
@@ -68,8 +73,8 @@ def test_tokens_of_a_trie() -> None:
     rng = np.random.default_rng(4)
     trie = tiny.trie_of(tiny.random_answers(rng, range(2, 12), 3, 15), [0, 1])
     logits = tiny.random_rows(rng, trie, 100, 4.0)
-    sample = c.Sample.of(trie, tiny.blocks(logits))
-    expected = []
+    found = c.Sample.of(trie, tiny.blocks(logits))
+    expected, heads, aboves = [], [], []
     rows = [n for n in range(len(trie)) if trie.children[n] or trie.answer[n] >= 0]
     for node in rows:
         z = logits[node].double().numpy()
@@ -77,11 +82,49 @@ def test_tokens_of_a_trie() -> None:
         good = {*trie.children[node], *(trie.ends if trie.answer[node] >= 0 else ())}
         chosen = [t for t in sorted({*np.argsort(-z)[: c.HEAD].tolist(), *good}) if z[t] > z.max() - c.REACH]
         shape = (-(p * np.log(p)).sum(), np.log(p.max()), z.std())
+        heads.append([t in good for t in np.argsort(-z)[: c.HEAD]])
+        aboves.append(sorted(p[p > p[t]].sum() for t in good))
         expected += [(z[t] - z.max(), *shape, t in good, 1 / len(chosen) / len(rows)) for t in chosen]
     table = np.asarray(expected)
-    np.testing.assert_allclose(sample.features, table[:, :4], atol=1e-9)
-    np.testing.assert_array_equal(sample.valid, table[:, 4] == 1)
-    np.testing.assert_allclose(sample.weight, table[:, 5])
+    np.testing.assert_allclose(found.features, table[:, :4], atol=1e-9)
+    np.testing.assert_array_equal(found.valid, table[:, 4] == 1)
+    np.testing.assert_allclose(found.weight, table[:, 5])
+    np.testing.assert_array_equal(found.head, heads)
+    for got, right in zip(found.above, aboves, strict=True):
+        np.testing.assert_allclose(sorted(got), right, atol=1e-12)
+    np.testing.assert_allclose(found.peak, [tiny.softmax(logits[n].double().numpy()).max() for n in rows])
+
+
+def rows_of(rng: np.random.Generator, count: int) -> c.Sample:
+    """Rows of every entropy; the surer the model, the more often it is right."""
+    entropy, peak = rng.uniform(0, 7, count), rng.uniform(0, 1, count)
+    head = rng.random((count, c.HEAD)) < peak[:, None] * 0.9 ** np.arange(c.HEAD)
+    above = [rng.beta(1, 3, rng.integers(1, 6)) for _ in range(count)]
+    return c.Sample(np.zeros((1, 4)), np.zeros(1, bool), np.ones(1), head, above, entropy, peak)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5])
+def test_a_nucleus_misses_valid_tokens_as_often_as_asked_for_in_every_bin(alpha: float) -> None:
+    rng = np.random.default_rng(7)
+    p = c.nucleus([rows_of(rng, 1500) for _ in range(2)], alpha)
+    fresh = rows_of(rng, 20000)
+    bins = np.digitize(fresh.entropy, c.ENTROPIES)
+    for i in range(len(p)):
+        missed = np.mean([(above >= p[i]).mean() for above, b in zip(fresh.above, bins, strict=True) if b == i])
+        assert missed == pytest.approx(alpha, abs=0.035)
+    few = c.nucleus([rows_of(rng, 3)], 0.01)
+    assert set(few) == {1.0}  # of so few rows none can promise that
+
+
+def test_sizes_are_the_last_rank_that_is_right_often_enough() -> None:
+    rng = np.random.default_rng(8)
+    k = c.sizes([rows_of(rng, 40000)], 0.3)
+    for i, (low, high) in enumerate(zip((0, *c.CONFIDENCES), (*c.CONFIDENCES, 1), strict=True)):
+        mean = (low + high) / 2
+        right = max(1, sum(mean * 0.9**r >= 0.3 for r in range(c.HEAD)))
+        assert abs(k[i] - right) <= 1
+    assert k[0] == 1
+    assert list(k) == sorted(k)
 
 
 def test_folds_leave_the_task_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,16 @@ CASES: dict[str, list[dict[str, Any]]] = {
         *({"risk": risk, "share": share} for risk, share in ((0.0, 1), (0.1, 0.5), (0.5, 1), (0.99, 0.3), (1, 1))),
         {"risk": 0.6, "share": 0.7, "offset": 0.5, "gap": 1.0, "entropy": 0.1, "peak": 0.5, "spread": 0.3},
     ],
+    "conformal_nucleus": [
+        {"p": (0.3,), "edges": ()},
+        {"p": (0.999, 0.0), "edges": (0.7,)},
+        {"p": (0.9, 0.5, 0.2, 0.99), "edges": (0.01, 2.0, 5.0)},
+    ],
+    "calibrated_top_k": [
+        {"k": (3,), "edges": ()},
+        {"k": (1000, 1), "edges": (0.5,)},
+        {"k": (50, 7.9, 3, 1), "edges": (0.05, 0.3, 0.9)},
+    ],
     "top_w": [
         {"beta": b, "lam": lam, "geometry": g, "pool": p, "rounds": r}
         for b, lam, g, p, r in (

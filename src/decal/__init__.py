@@ -32,6 +32,7 @@ from decal.samplers.row import Row as Row
 from decal.samplers.rule import RULES as RULES
 from decal.samplers.rule import Choice as Choice
 from decal.samplers.rule import Feedback as Feedback
+from decal.samplers.rule import Numbers as Numbers
 from decal.samplers.rule import Param as Param
 from decal.samplers.rule import Rule as Rule
 from decal.samplers.rule import Tokens as Tokens
