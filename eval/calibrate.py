@@ -1,7 +1,9 @@
 """Fit what calibrated rules need, on tasks with known valid answers: weights of the validity estimate, chains, risk levels.
 
-Everything that is said of new tasks comes from tasks that had no part in it: weights are fitted by folds of tasks, a chain is
-chosen without each task in turn, and risk is controlled on tasks that the weights were not fitted on.
+What is said of new tasks comes from tasks left out: on each task settings are tried as fitted on other folds of tasks, and a
+chain is chosen without each task in turn. (On the other tasks it was tried as fitted on folds that may hold the task: a few
+numbers fitted on many tasks, so little of it gets through, but not nothing.) Risk is controlled on tasks that had no part in
+the fit at all.
 
 Legend: S settings, T tasks, D prompts of each task, N tokens, L levels.
 """
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from decal.eval import grid
 from decal.eval.exact import Interest, Rows
@@ -42,7 +45,10 @@ CONFIDENCES = (0.1, 0.3, 0.6, 0.9)
 """Edges of the bins of `calibrated_top_k`."""
 
 HEAD = 64
-"""Most probable tokens of a row that are looked at, beside the valid ones."""
+"""Most probable tokens of a row that are looked at one by one, as valid ones are."""
+
+WIDTH = 0.25
+"""Further invalid tokens whose distances to the most probable one lie this near, in nats, are looked at together."""
 
 REACH = 10.0
 """Tokens further below the most probable one, in nats, are left out: no cut of use keeps them."""
@@ -98,22 +104,41 @@ class Sample:
                 if not needed(trie, node):
                     continue
                 log_p = row.double().log_softmax(-1)
-                shape = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(), log_p.max(), row.double().std(correction=0)
+                shape = (
+                    -(log_p.exp() * log_p.clamp(min=-1e4)).sum(),
+                    log_p.max(),
+                    row[row.isfinite()].double().std(correction=0),
+                )
                 good = torch.tensor(valid_of[node])
                 ranked = log_p.topk(min(HEAD, len(log_p))).indices
                 head.append(torch.isin(ranked, good).numpy())
                 above.append(np.asarray([float(log_p[log_p > log_p[token]].exp().sum()) for token in good]))
                 shapes.append((float(shape[0]), float(shape[1].exp())))
-                tokens = torch.unique(torch.cat([good, ranked]))
-                gap = log_p[tokens] - log_p.max()
-                near = gap > -REACH
-                features.append(torch.stack([gap, *(v.expand(len(gap)) for v in shape)], -1)[near])
-                valid.append(torch.isin(tokens, good)[near])
-                weight.append(torch.full((int(near.sum()),), 1 / max(int(near.sum()), 1), dtype=torch.float64))
+                gap, is_valid, times = _gathered(log_p - log_p.max(), good)
+                features.append(torch.stack([gap, *(v.expand(len(gap)) for v in shape)], -1))
+                valid.append(is_valid)
+                weight.append(times / times.sum())
         weights = torch.cat(weight).numpy()
         entropy, peak = np.asarray(shapes).T
         valids = torch.cat(valid).numpy()
         return cls(torch.cat(features).numpy(), valids, weights / weights.sum(), np.asarray(head), above, entropy, peak)
+
+
+def _gathered(gap: Tensor, good: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of a row within `REACH`: distances, which are valid, and how many; beyond the head invalid ones bin by bin."""
+    near = torch.nonzero(gap > -REACH)[:, 0]
+    is_valid = torch.isin(near, good)
+    alone = is_valid | (gap[near] >= gap.topk(min(HEAD, len(gap))).values[-1])
+    tail = gap[near[~alone]]
+    bins = (-tail / WIDTH).long()
+    counts = torch.bincount(bins, minlength=int(REACH / WIDTH) + 1).double()
+    sums = torch.zeros_like(counts).index_add(0, bins, tail)
+    some = counts > 0
+    return (
+        torch.cat([gap[near[alone]], sums[some] / counts[some]]),
+        torch.cat([is_valid[alone], torch.zeros(int(some.sum()), dtype=torch.bool)]),
+        torch.cat([torch.ones(int(alone.sum()), dtype=torch.float64), counts[some]]),
+    )
 
 
 def fit(samples: Sequence[Sample], features: Sequence[str] = WEIGHTS) -> dict[str, float]:
@@ -130,12 +155,14 @@ def fit(samples: Sequence[Sample], features: Sequence[str] = WEIGHTS) -> dict[st
     weight = np.concatenate([s.weight for s in samples])
     if valid.all() or not valid.any():
         raise DecalError("to fit a validity estimate takes tokens that are valid and some that aren't")
-    scale = x.std(0) + 1e-12
-    model = LogisticRegression(C=100.0, max_iter=2000, tol=1e-8).fit(x / scale, valid, weight * len(valid) / weight.sum())
-    found = dict.fromkeys(WEIGHTS, 0.0) | dict(zip(features, (model.coef_[0] / scale).tolist(), strict=True))
+    centre, scale = x.mean(0), np.where(x.std(0) > 1e-9, x.std(0), 1.0)
+    model = LogisticRegression(C=100.0, max_iter=2000, tol=1e-8)
+    model.fit((x - centre) / scale, valid, weight * len(valid) / weight.sum())
+    slopes = model.coef_[0] / scale
+    found = dict.fromkeys(WEIGHTS, 0.0) | dict(zip(features, slopes.tolist(), strict=True))
     if found["gap"] < 1e-3:
         raise DecalError("on these tasks tokens are not likelier to be valid the more probable they are: nothing to cut at")
-    return {name: float(f"{v:.6g}") for name, v in {"offset": float(model.intercept_[0]), **found}.items()}
+    return {name: float(f"{v:.6g}") for name, v in {"offset": float(model.intercept_[0] - slopes @ centre), **found}.items()}
 
 
 def nucleus(samples: Sequence[Sample], alpha: float) -> tuple[float, ...]:
@@ -218,13 +245,22 @@ def settings(samples: Sequence[Sample], weights: Mapping[str, float], budget: in
 
 
 def choose_features(samples: Sequence[Sequence[Sample]], fold: np.ndarray) -> dict[str, float]:
-    """Log loss on tasks left out of every set of `FEATURES`, and of a constant, by name."""
+    """Log loss on tasks left out of every set of `FEATURES` that can be fitted, and that of the best constant, by name.
+
+    Raises:
+        DecalError: none can.
+    """
     every = [(s, t) for t, task in enumerate(samples) for s in task]
     share = float(np.mean([s.weight[s.valid].sum() for s, _ in every]))
     losses = {"constant": float(-(share * np.log(share) + (1 - share) * np.log(1 - share)))}
     for features in FEATURES:
-        weights = by_folds(samples, fold, features)
+        try:
+            weights = by_folds(samples, fold, features)
+        except DecalError:
+            continue  # what can't be fitted everywhere is no candidate
         losses[" ".join(features)] = float(np.mean([log_loss(weights[t], s) for s, t in every]))
+    if len(losses) == 1:
+        raise DecalError("on these tasks tokens are not likelier to be valid the more probable they are: nothing to cut at")
     return losses
 
 
@@ -365,6 +401,10 @@ def calibrate(
     fold = folds(len(questions), seed=fitting.seed)
     losses = choose_features(samples, fold)
     features = best(losses)
+    # Risk is controlled on tasks that had no part in the estimate whose levels are tried on them.
+    half = folds(len(questions), 2, fitting.seed)
+    first = [task for t, task in enumerate(samples) if half[t] == 0]
+    own = fit([s for task in first for s in task], best(choose_features(first, folds(len(first), seed=fitting.seed))))
     every = [s for task in samples for s in task]
     weights = fit(every, features)
 
@@ -377,10 +417,6 @@ def calibrate(
     results = replace(results, setting=tuple(str(s.chain) for s in chosen_among))
     advised = {f"{floor:g}": advise(results, floor) for floor in FLOORS}
 
-    # Risk is controlled on tasks that had no part in the estimate whose levels are tried on them.
-    half = folds(len(questions), 2, fitting.seed)
-    first = [task for t, task in enumerate(samples) if half[t] == 0]
-    own = fit([s for task in first for s in task], best(choose_features(first, folds(len(first), seed=fitting.seed))))
     careful = {
         "min_validity": [calibrated.min_validity(level, **own) for level in LEVELS],
         "risk_budget": [calibrated.risk_budget(risk, **own) for risk in RISKS],
@@ -423,7 +459,8 @@ def print_report(found: Calibration, console: Any) -> None:
     losses = found.report["log_loss_on_tasks_left_out"]
     console.print(f"{found.about['model']}, {len(found.about['tasks'])} tasks\n", highlight=False)
     read = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    console.print(f"Log loss of the validity estimate on tasks left out, by what it reads: {read}.", highlight=False)
+    said = f"Log loss of the validity estimate on tasks left out, by what it reads: {read}."
+    console.print(said, highlight=False, soft_wrap=True)
     console.print(f"min_validity: {', '.join(f'{k}={v:g}' for k, v in found.validity.items())}\n", highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("floor", "chain to use", "score", "floor reached", "validity", "diversity"):
@@ -434,9 +471,10 @@ def print_report(found: Calibration, console: Any) -> None:
     console.print(table)
     never = found.report["floors_never_reached"]
     console.print(f"No setting reaches {' or '.join(never)} anywhere." if never else "", highlight=False)
-    console.print(
-        "Numbers are means over tasks left out; score: diversity where the floor is reached, else 0.", highlight=False
-    )
+    low = [floor for floor, one in found.advised.items() if one.validity < float(floor)]
+    said = "Numbers are means over tasks left out; score: diversity where the floor is reached, else 0."
+    said += f" The mean validity is below {' and '.join(low)} there: try a chain on tasks of yours first." if low else ""
+    console.print(said, highlight=False, soft_wrap=True)
     tasks = len(found.report["risk_controlled_on"])
     for rule, chains in found.risk.items():
         kept, lost = (", ".join(e for e, chain in chains.items() if (chain is None) == none) for none in (False, True))

@@ -133,7 +133,13 @@ def _ask(
         "decal": decal.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "note": loaded.note},
-        **({"grid": grid_name} if grid_name else drawn or {}),
+        **(
+            {"grid": grid_name}
+            if grid_name
+            else {"budget": drawn["budget"], "reads_prompts": drawn["prompts"]}
+            if drawn
+            else {}
+        ),
         "seed": seed,
     }
     return _Asked(evaluation, questions, about, floor, start)
@@ -231,8 +237,13 @@ def tune(out: Path, budget: int, read_prompts: bool, over: str, **asked: Any) ->
     from decal.eval import tune as tuning
     from decal.eval import tune_report as pages
 
+    if not asked["tasks"]:
+        raise DecalError(
+            "tune needs the tasks to tune for: --task, a YAML file or a built-in one (decal tasks), may be repeated"
+        )
     drawn = {"budget": budget, "prompts": read_prompts}
     job = _ask(out, **asked, drawn=drawn, floor_name="--min-validity")
+    tuning.same_number_of_prompts(job.questions, job.evaluation.model.tokenizer, job.evaluation.seed)
     results = tuning.Results.of(_run_tasks(job))
     run = pages.TuneRun(job.done(), results, tuning.tune(results, job.floor, over))
     files = pages.write(run, out)
@@ -260,6 +271,7 @@ def calibrate(out: Path, budget: int, read_prompts: bool, tasks: tuple[str, ...]
     """
     from decal.eval import calibrate as calibration
     from decal.eval import task
+    from decal.eval import tune as tuning
     from decal.eval.paths import atomic_write
 
     if out.is_dir():
@@ -270,10 +282,11 @@ def calibrate(out: Path, budget: int, read_prompts: bool, tasks: tuple[str, ...]
     loaded, build = job.evaluation.model, job.evaluation.builder.build
     small = [q for q in job.questions if len(build(q.valid, q.policy)[0]) <= calibration.MOST_PREFIXES]
     questions = job.questions if tasks else small
+    tuning.same_number_of_prompts(questions, loaded.tokenizer, job.evaluation.seed)
     with _progress(2 * len(questions) + len(questions) // 2) as (report_to, task_done):
         cache, seed = job.evaluation.cache, job.evaluation.seed
         fitting = calibration.Fitting(loaded, budget, read_prompts, seed, cache, report_to)
-        about = {"model": loaded.name, "tasks": [q.task.name for q in questions], "prompts": draws or 3, "note": loaded.note}
+        about = {"model": loaded.name, "tasks": [q.task.name for q in questions], "note": loaded.note}
         found = calibration.calibrate(fitting, questions, job.about | about, task_done)
     atomic_write(out, calibration.written(found))
     calibration.print_report(found, _console())

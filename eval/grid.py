@@ -109,21 +109,24 @@ def drawn(budget: int, seed: int = 0, *, prompts: bool = False, rules: Sequence[
     """``budget`` settings of every sampler, spread evenly over what its parameters declare worth comparing (Halton's sequence).
 
     They are drawn before anything is seen, so what is chosen among them on some prompts can be judged on others. Cuts stand
-    before or after a temperature, other rules behind a cut of `PARTNER`, slow rules are left out.
+    before or after a temperature, or before it if they were made to; other rules stand behind a cut of `PARTNER`; slow rules
+    are left out.
 
     Args:
         prompts: whether to try the cuts of `READ` on the mean over other prompts too.
         rules: names of the rules to try beside plain temperature; all, if none are given.
     """
     spread = [_Axis.of(RANGE), _Axis.of((0.0, 1.0))]
-    settings = [Setting("temperature", find("temperature")(t)) for (t,) in _points([_Axis.of((0.3, 3.0))], budget, seed)]
+    hot = [1.0, *(t for (t,) in _points([_Axis.of((0.3, 3.0))], budget - 1, seed))]
+    settings = [Setting("temperature", find("temperature")(t)) for t in hot]
     for rule in [find(name) for name in rules] or _tried(slow=False):
         own = {name: _Axis.of(p.sweep, getattr(p, "integer", False)) for name, p in rule.params.items() if len(p.sweep) > 1}
         if rule.kind in ("truncation", "band", "projection"):
             for t, side, *values in _points([*spread, *own.values()], budget, seed):
                 cut = rule(**dict(zip(own, values, strict=True)))
                 heat = find("temperature")(t)
-                settings.append(Setting(rule.name, heat | cut if side < 0.5 and not rule.scale else cut | heat))
+                first = side < 0.5 and not rule.scale and rule.side != "before"
+                settings.append(Setting(rule.name, heat | cut if first else cut | heat))
                 if prompts and rule.name in READ:
                     weights = find("ensemble").params["weight"].sweep
                     read = find("ensemble")(weights[int(side * len(weights))])  # few, as rows are written anew for each

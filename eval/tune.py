@@ -12,20 +12,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from decal.eval.frontier import TaskResult, interval
+from decal.eval.grid import is_oracle
+from decal.eval.task import Question
+from decal.samplers.chain import parse
 from decal.samplers.errors import DecalError
 
 LEVEL = 0.95
 """Confidence of the intervals, and of a promise, which is one-sided."""
 
-TARGETS = (0.0, 0.02, 0.05, 0.1, 0.15)
+TARGETS = (0.0, 0.05, 0.1)
 """By how much the validity aimed at may lie above the one asked for, so that it can be promised."""
 
 FEWEST = 3
-"""Units left out in turn, below which nothing is said of others."""
+"""Units left out in turn, below which there are no intervals."""
+
+ENOUGH = 5
+"""Units below which nothing is promised."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +40,29 @@ class Held:
     """What choosing gives where it had no part; each (U,).
 
     Attributes:
-        validity: mean validity of what was chosen without the unit, on the unit.
-        diversity: its diversity there, 0 where nothing could be chosen.
+        validity: mean validity of what was chosen without the unit, on the unit; NaN where nothing could be chosen.
+        diversity: its diversity there; 0 where nothing could be chosen, NaN if there is one unit only.
+        entangled: whether units have a part in each other: a chain that reads the other prompts of a task gives all of them
+            nearly the same law, so they are one observation and not many.
     """
 
     validity: np.ndarray
     diversity: np.ndarray
+    entangled: bool = False
 
     @property
     def promise(self) -> float | None:
-        """Validity that the mean over further units exceeds with probability `LEVEL`, by Student's law; None from too few."""
+        """Validity that the mean over further units exceeds with probability `LEVEL`, for all `TARGETS` together (Bonferroni).
+
+        By Student's law, so for validities that differ about normally; where they pile up at 1 it is broken more often, of five
+        units in up to 18 % of cases. None if the units are fewer than `ENOUGH`, or entangled.
+        """
         from scipy import stats
 
         n = len(self.validity)
-        if n < FEWEST or not np.isfinite(self.validity).all():
+        if n < ENOUGH or self.entangled or not np.isfinite(self.validity).all():
             return None
-        half = stats.t.ppf(LEVEL, n - 1) * self.validity.std(ddof=1) / np.sqrt(n)
+        half = stats.t.ppf(1 - (1 - LEVEL) / len(TARGETS), n - 1) * self.validity.std(ddof=1) / np.sqrt(n)
         return float(max(self.validity.mean() - half, 0.0))
 
 
@@ -60,6 +74,7 @@ class Results:
         tasks: names, (T,).
         family, setting: (S,).
         validity, diversity: (S, T, D); a diversity that is undefined is 0.
+        prompts: (T, D) as text.
     """
 
     tasks: tuple[str, ...]
@@ -67,23 +82,19 @@ class Results:
     setting: tuple[str, ...]
     validity: np.ndarray
     diversity: np.ndarray
+    prompts: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def of(cls, results: Sequence[TaskResult]) -> Results:
-        """Of a run of `Evaluation`, without its oracles.
-
-        Raises:
-            DecalError: tasks were put with different numbers of prompts.
-        """
-        prompts = {r.validity.shape[1] for r in results}
-        if len(prompts) > 1:
-            raise DecalError(f"tasks must have the same number of prompts, got {sorted(prompts)}; set it with --draws")
+        """Of a run of `Evaluation`, without its oracles; see `same_number_of_prompts`."""
         first = results[0]
-        kept = [i for i, family in enumerate(first.family) if not family.startswith("oracle")]
+        kept = [i for i, family in enumerate(first.family) if not is_oracle(family)]
         validity = np.stack([r.validity[kept] for r in results], 1)
         diversity = np.stack([np.nan_to_num(r.diversity[kept]) for r in results], 1)
         names = tuple(r.question.task.name for r in results)
-        return cls(names, tuple(first.family[i] for i in kept), tuple(first.setting[i] for i in kept), validity, diversity)
+        prompts = tuple(tuple(r.prompts) for r in results)
+        family, setting = (tuple(names[i] for i in kept) for names in (first.family, first.setting))
+        return cls(names, family, setting, validity, diversity, prompts)
 
     @property
     def families(self) -> list[str]:
@@ -122,12 +133,13 @@ class Results:
             else [(every, slice(d, d + 1)) for d in range(prompts)]
         )
         if len(units) < 2:
-            return Held(np.full(len(units), np.nan), np.zeros(len(units)))
+            return Held(np.full(len(units), np.nan), np.full(len(units), np.nan))
         chosen = [self.choose(target, family, without=unit) for unit in units]
         pairs = list(zip(chosen, units, strict=True))
         validity = [np.nan if c is None else self.validity[c][unit].mean() for c, unit in pairs]
         diversity = [0.0 if c is None else self.diversity[c][unit].mean() for c, unit in pairs]
-        return Held(np.asarray(validity), np.asarray(diversity))
+        entangled = over == "prompts" and any(c is not None and "prompts" in parse(self.setting[c]).needs for c in chosen)
+        return Held(np.asarray(validity), np.asarray(diversity), entangled)
 
 
 @dataclass(frozen=True)
@@ -193,17 +205,25 @@ def advise(results: Results, target: float, family: str | None = None) -> Advice
 
 
 def _promised(results: Results, floor: float, over: str) -> Advice | None:
-    """From the most careful target down, as long as each can be promised: so none of the tests needs a correction."""
-    best = None
-    for target in sorted({min(floor + more, 1.0) for more in TARGETS}, reverse=True):
+    """The most diverse of what each target chooses, among those that can be promised."""
+    found = []
+    for target in sorted({min(floor + more, 1.0) for more in TARGETS}):
         advice = advise(results, target)
-        if advice is None:
-            continue
-        promise = (advice.tasks if over == "tasks" else advice.prompts).promise
-        if promise is None or promise < floor:
-            break
-        best = advice
-    return best
+        if advice is not None:
+            promise = (advice.tasks if over == "tasks" else advice.prompts).promise
+            found += [advice] if promise is not None and promise >= floor - 1e-9 else []
+    return max(found, key=lambda advice: advice.diversity, default=None)
+
+
+def same_number_of_prompts(questions: Sequence[Question], tokenizer: Any, seed: int) -> None:
+    """Raise DecalError if tasks are put with different numbers of prompts, so that they can't be left out alike."""
+    counts = {q.task.name: sum(1 for _ in q.prompts(tokenizer, seed)) for q in questions}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise DecalError(
+            f"tasks must be put with the same number of prompts, got {told}; few-shot prompts are as many as --draws, others "
+            "as many as a task has phrasings"
+        )
 
 
 def spread(sample: np.ndarray) -> tuple[float, float]:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from decal.eval.paths import write_files
-from decal.eval.tune import FEWEST, Advice, Held, Results, Tuning, spread
+from decal.eval.tune import ENOUGH, FEWEST, Advice, Held, Results, Tuning, spread
 from decal.samplers.chain import parse
 
 PAGE = "tuning.html"
+PLAIN = "temperature(1.0)"
+"""The chain to compare with."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,16 @@ class TuneRun:
 
     @property
     def ranked(self) -> list[tuple[str, Advice]]:
-        """Samplers that reach the floor, by diversity where they had no part, then by name."""
+        """Samplers that reach the floor, first those that also do where they had no part; then by their diversity there."""
         found = [(f, a) for f, a in self.tuning.families.items() if a is not None]
-        return sorted(found, key=lambda pair: (-pair[1].prompts.diversity.mean(), pair[0]))
+
+        def order(pair: tuple[str, Advice]) -> tuple[bool, float, str]:
+            held, advice = pair[1].prompts, pair[1]
+            if not np.isfinite(held.validity).all():
+                return len(held.validity) > 1, -advice.diversity, pair[0]
+            return bool(held.validity.mean() < self.tuning.floor), -float(held.diversity.mean()), pair[0]
+
+        return sorted(found, key=order)
 
     @property
     def missed(self) -> list[str]:
@@ -76,13 +85,33 @@ def sentences(run: TuneRun) -> list[str]:
         most = float(run.results.mean[0].max())
         return [f"No setting reaches a mean validity of {tuning.floor:g}: the most valid one has {most:.3f}. Nothing to use."]
     best = tuning.best
-    said = [f"Use {best.chain}", f"It costs {cost(best.chain, prompts)}."]
-    said.append(f"Where it was chosen: validity {best.validity:.3f}, diversity {best.diversity:.3f}.")
+    said = [f"Use {best.chain}", _usage(best.chain)]
+    said.append(f"Where it was chosen: validity {best.validity:.3f}, diversity {best.diversity:.3f}.{_plain(run)}")
     for over, held in (("prompts", best.prompts), ("tasks", best.tasks)):
         if len(held.validity) >= 2:
-            said.append(f"On {over} that had no part in choosing: {_both(held)}.")
+            part = "left out, though the chain reads them all" if held.entangled else "that had no part in choosing it"
+            said.append(f"On {over} {part}: {_both(held)}.")
+    said.append(f"It costs {cost(best.chain, prompts)}.")
     said.append(_promise(run))
     return said
+
+
+def _usage(chain: str) -> str:
+    """How to use a chain in Python."""
+    if "prompts" not in parse(chain).needs:
+        return f'In Python: chain = decal.parse("{chain}"), then model.generate(..., **chain.generate_kwargs()).'
+    return (
+        f'In Python: chain = decal.parse("{chain}").for_prompts(decal.Prompts(model, tokenizer, {{prompt: [others]}})), with '
+        "the prompts of a task as tuning.json has them, then model.generate(..., **chain.generate_kwargs())."
+    )
+
+
+def _plain(run: TuneRun) -> str:
+    """What plain sampling gives, to compare with."""
+    if PLAIN not in run.results.setting:
+        return ""
+    validity, diversity = (float(v[run.results.setting.index(PLAIN)]) for v in run.results.mean)
+    return f" Plain sampling, {PLAIN}: validity {validity:.3f}, diversity {diversity:.3f}."
 
 
 def _promise(run: TuneRun) -> str:
@@ -93,12 +122,18 @@ def _promise(run: TuneRun) -> str:
         held = promised.tasks if tuning.over == "tasks" else promised.prompts
         same = tuning.best is not None and promised.chain == tuning.best.chain
         which = "it" if same else f"the more careful {promised.chain} (diversity {promised.diversity:.3f})"
-        return f"For {which}, a mean validity of at least {tuning.floor:g} on {what} can be promised, at 95 %: {_both(held)}."
+        sure = "can be promised at 95 %, if they differ about normally"
+        return f"For {which}, a mean validity of at least {tuning.floor:g} on {what} {sure}: {_both(held)}."
     assert tuning.best is not None
     held = tuning.best.tasks if tuning.over == "tasks" else tuning.best.prompts
+    if held.entangled:
+        return (
+            f"Nothing can be promised for {what}: the chain reads the other prompts of a task, so they are no independent "
+            "trials. With several tasks, ask for --promise tasks."
+        )
     if held.promise is None:
         given = f"{len(held.validity)} given"
-        return f"Nothing can be promised for {what}: it takes {FEWEST} or more, with a choice without each; {given}."
+        return f"Nothing can be promised for {what}: it takes {ENOUGH} or more, with a choice without each; {given}."
     return (
         f"A mean validity of {tuning.floor:g} on {what} can't be promised: at 95 % the chain above has {held.promise:.3f}, and "
         "no more careful one gets there. Give more of them, or ask for less."
@@ -106,15 +141,15 @@ def _promise(run: TuneRun) -> str:
 
 
 def _both(held: Held) -> str:
-    return f"validity {_mean(held.validity)}, diversity {_mean(held.diversity)}"
+    return f"validity {_mean(held.validity, held.entangled)}, diversity {_mean(held.diversity, held.entangled)}"
 
 
-def _mean(sample: np.ndarray) -> str:
+def _mean(sample: np.ndarray, entangled: bool = False) -> str:
     known = sample[np.isfinite(sample)]
     if not len(known):
         return "unknown"
-    low, high = spread(sample)
-    missing = f", nothing to choose {len(sample) - len(known)} times" if len(known) < len(sample) else ""
+    low, high = (math.nan, math.nan) if entangled else spread(sample)
+    missing = f", none reached it on {len(sample) - len(known)} of {len(sample)}" if len(known) < len(sample) else ""
     return f"{known.mean():.3f}" + (f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else "") + missing
 
 
@@ -124,7 +159,7 @@ def summary(run: TuneRun) -> dict[str, Any]:
         **run.about,
         "floor": run.tuning.floor,
         "tasks": list(run.results.tasks),
-        "prompts": run.results.validity.shape[2],
+        "prompts": dict(zip(run.results.tasks, map(list, run.results.prompts), strict=False)),
         "settings": len(run.results.setting),
         "promise_over": run.tuning.over,
         "says": sentences(run),
@@ -148,7 +183,8 @@ def _advice(advice: Advice) -> dict[str, Any]:
 
 def _held(held: Held) -> dict[str, Any]:
     validity = [float(v) if math.isfinite(v) else None for v in held.validity]
-    return {"validity": validity, "diversity": held.diversity.tolist(), "promise": held.promise}
+    diversity = [float(v) if math.isfinite(v) else None for v in held.diversity]
+    return {"validity": validity, "diversity": diversity, "independent": not held.entangled}
 
 
 def _parquet(results: Results) -> bytes:
@@ -183,10 +219,10 @@ def _figure(run: TuneRun) -> bytes:
             continue
         axis.plot(advice.validity, advice.diversity, "o", color=colour, markersize=7, label=f"{what}, where chosen")
         known = np.isfinite(advice.prompts.validity)
-        if known.all() and len(known) >= FEWEST:
+        if known.all() and len(known) >= FEWEST and not advice.prompts.entangled:
             v, d = advice.prompts.validity, advice.prompts.diversity
             ends = [np.abs(np.asarray(spread(x)) - x.mean())[:, None] for x in (v, d)]
-            label = f"{what}, on prompts without a part"
+            label = f"{what}, on prompts left out"
             axis.errorbar(v.mean(), d.mean(), ends[1], ends[0], fmt="s", color=colour, markersize=5, capsize=3, label=label)
     axis.set(xlabel="mean validity", ylabel="mean diversity", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axis.grid(alpha=0.25)
@@ -202,7 +238,7 @@ def rows(run: TuneRun) -> list[tuple[str, ...]]:
     prompts = run.results.validity.shape[2]
     found: list[tuple[str, ...]] = []
     for family, a in run.ranked:
-        held = (_mean(a.prompts.validity), _mean(a.prompts.diversity), _mean(a.tasks.validity), _mean(a.tasks.diversity))
+        held = [_mean(v, h.entangled) for h in (a.prompts, a.tasks) for v in (h.validity, h.diversity)]
         passes = str(prompts) if "prompts" in parse(a.chain).needs else "1"
         found.append((family, a.chain, f"{a.validity:.3f}", f"{a.diversity:.3f}", *held, passes))
     return found
@@ -210,14 +246,14 @@ def rows(run: TuneRun) -> list[tuple[str, ...]]:
 
 HEADINGS = (
     "sampler",
-    "best chain",
-    "validity",
-    "diversity",
+    "its best chain",
+    "validity where chosen",
+    "diversity where chosen",
     "validity, prompts left out",
-    "diversity",
+    "diversity, prompts left out",
     "validity, tasks left out",
-    "diversity",
-    "rows a token",
+    "diversity, tasks left out",
+    "rows of the model a token",
 )
 
 
@@ -248,13 +284,21 @@ def print_table(run: TuneRun, console: Any) -> None:
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("sampler", "best chain", "validity and", "diversity, prompts left out"):
+    for heading in ("sampler", "its best chain", "validity", "diversity"):
         table.add_column(heading)
-    for family, chain, _, _, validity, diversity, *_ in rows(run)[:SHOWN]:
-        table.add_row(Text(family), Text(chain), validity, diversity)
-    console.print(table)
-    left = len(run.ranked) - SHOWN
-    more = f"{left} more samplers on the page; " if left > 0 else ""
-    console.print(f"{more}{len(run.missed)} samplers don't reach {run.tuning.floor:g}.\n", highlight=False)
+    one = run.results.validity.shape[2] == 1
+    for family, chain, *numbers in rows(run)[:SHOWN]:
+        table.add_row(Text(family), Text(chain), *(numbers[:2] if one else numbers[2:4]))
+    if run.ranked:
+        where = (
+            "where chosen, there is one prompt only" if one else "on prompts left out, chosen without them within each sampler"
+        )
+        console.print(f"Validity and diversity {where}:", highlight=False)
+        console.print(table)
+        left, missed = len(run.ranked) - SHOWN, len(run.missed)
+        more = [f"{left} more samplers on the page"] if left > 0 else []
+        more += [f"{missed} of all samplers can't reach {run.tuning.floor:g}"] if missed else []
+        console.print("; ".join(more) + ("." if more else ""), highlight=False)
+        console.print()
     for sentence in sentences(run):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)

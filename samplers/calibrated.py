@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class Advised:
     diversity: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """What was fitted for a model.
 
@@ -180,6 +181,12 @@ class Calibration:
     advised: Mapping[str, Advised]
     risk: Mapping[str, Mapping[str, str | None]]
     report: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        floors = ", ".join(self.advised) or "none"
+        return (
+            f"<calibration of {self.about['model']} on {len(self.about.get('tasks', ()))} tasks; chains for validity {floors}>"
+        )
 
     def chain(self, floor: float = 0.8) -> Chain:
         """The chain that was the most diverse where its validity reaches ``floor``, counting 0 where it doesn't.
@@ -209,9 +216,11 @@ class Calibration:
         """
         from decal.samplers.chain import parse
 
-        chain = _of(_of(self.risk, rule, "rule"), epsilon, "epsilon")
+        found = _of(self.risk, rule, "rule")
+        chain = _of(found, epsilon, "epsilon")
         if chain is None:
-            raise DecalError(f"the tasks of this calibration can't promise an invalidity of at most {epsilon:g}")
+            can = ", ".join(one for one, text in found.items() if text) or "none"
+            raise DecalError(f"the tasks of this calibration can't promise an invalidity of at most {epsilon:g}, but {can}")
         return parse(chain)
 
 
@@ -226,14 +235,31 @@ def fingerprint(model: Any, tokenizer: Any) -> dict[str, str]:
     """What tells a transformers model and its tokenizer from others: digests of weights, as bfloat16, and of the vocabulary.
 
     A few numbers of each weight go in, so it is quick, and the same in any dtype that keeps bfloat16 and on any device.
+
+    Raises:
+        DecalError: these are no model and tokenizer.
     """
+    if not hasattr(model, "state_dict") or not hasattr(tokenizer, "get_vocab"):
+        got = f"{type(model).__name__} and {type(tokenizer).__name__}"
+        raise DecalError(f"a fingerprint is that of a transformers model and its tokenizer, in this order, got {got}")
     weights = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        few = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64]
-        weights.update(f"{name} {tuple(weight.shape)}".encode())
-        weights.update(few.float().bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    try:
+        for name, weight in sorted(model.state_dict().items()):
+            weights.update(f"{name.removeprefix('_orig_mod.')} {tuple(weight.shape)}".encode())
+            few = weight.detach().flatten()[_spread(weight.numel(), weight.shape[-1] if weight.dim() else 1).to(weight.device)]
+            weights.update(few.float().bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise DecalError(f"the weights of this model can't be read, as of one on the meta device: {error}") from None
     words = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
     return {"model": weights.hexdigest()[:32], "tokenizer": hashlib.sha256(words.encode()).hexdigest()[:32]}
+
+
+def _spread(size: int, width: int, most: int = 256) -> Tensor:
+    """Up to ``most`` places of a weight, in all of its columns by turns."""
+    step = max(1, size // most)
+    while math.gcd(step, width) > 1:
+        step += 1
+    return torch.arange(0, size, step)[:most]
 
 
 def load(file: str | Path, model: Any = None, tokenizer: Any = None, *, mismatch: str = "warn") -> Calibration:
@@ -263,6 +289,10 @@ def load(file: str | Path, model: Any = None, tokenizer: Any = None, *, mismatch
     return found
 
 
+def _advised(chain: str, **means: float) -> Advised:
+    return Advised(str(chain), **{name: float(mean) for name, mean in means.items()})
+
+
 def _read(file: Path) -> Calibration:
     from decal.samplers.chain import parse
 
@@ -270,16 +300,16 @@ def _read(file: Path) -> Calibration:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DecalError(f"can't read the calibration {file}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DecalError(f"{file} is no calibration: not JSON") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise DecalError(f"{file} is no calibration of format {FORMAT}, got {got!r}")
+        raise DecalError(f"{file} is no calibration of format {FORMAT}, as decal calibrate writes them; its format is {got!r}")
     try:
         found = Calibration(
             about=dict(content["about"]),
             validity={name: float(weight) for name, weight in content["validity"].items()},
-            advised={floor: Advised(**one) for floor, one in content["advised"].items()},
+            advised={floor: _advised(**one) for floor, one in content["advised"].items()},
             risk={
                 rule: {epsilon: None if chain is None else str(chain) for epsilon, chain in chains.items()}
                 for rule, chains in content["risk"].items()
@@ -294,6 +324,6 @@ def _read(file: Path) -> Calibration:
             parse(chain)
     except DecalError as error:
         raise DecalError(f"{file}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DecalError(f"{file} is no calibration: {type(error).__name__} {error}") from None
     return found

@@ -68,8 +68,9 @@ def test_log_loss_by_hand() -> None:
     assert c.log_loss(TRUE, one) == pytest.approx(by_hand)
 
 
-def test_tokens_of_a_trie() -> None:
+def test_tokens_of_a_trie(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which tokens are valid, and the features of each, against plain numpy."""
+    monkeypatch.setattr(c, "HEAD", 100)
     rng = np.random.default_rng(4)
     trie = tiny.trie_of(tiny.random_answers(rng, range(2, 12), 3, 15), [0, 1])
     logits = tiny.random_rows(rng, trie, 100, 4.0)
@@ -93,6 +94,48 @@ def test_tokens_of_a_trie() -> None:
     for got, right in zip(found.above, aboves, strict=True):
         np.testing.assert_allclose(sorted(got), right, atol=1e-12)
     np.testing.assert_allclose(found.peak, [tiny.softmax(logits[n].double().numpy()).max() for n in rows])
+
+
+def test_the_tail_counts_as_it_is() -> None:
+    """With the tail in bins the fit is that of all tokens; a sample of the head and what is valid alone would be biased."""
+    rng = np.random.default_rng(12)
+    trie = tiny.trie_of(tiny.random_answers(rng, range(2, 300), 2, 150), [0, 1])
+    logits = tiny.random_rows(rng, trie, 2000, 2.0)
+    for node in range(len(trie)):
+        good = [*trie.children[node], *(trie.ends if trie.answer[node] >= 0 else ())]
+        logits[node, good] += 2.0
+    few = c.fit([c.Sample.of(trie, tiny.blocks(logits))], ("gap", "entropy"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c, "HEAD", 2000)
+        every = c.fit([c.Sample.of(trie, tiny.blocks(logits))], ("gap", "entropy"))
+    assert few["gap"] == pytest.approx(every["gap"], rel=0.02)
+    odds = [w["offset"] + w["gap"] * -4 + w["entropy"] * 6 for w in (few, every)]
+    assert odds[0] == pytest.approx(odds[1], abs=0.05)
+
+
+def test_what_a_row_rules_out_is_left_out() -> None:
+    trie = tiny.trie_of([(2,), (3,)], [0])
+    logits = torch.randn(len(trie), 50)
+    logits[:, 20:] = -torch.inf
+    found = c.Sample.of(trie, tiny.blocks(logits))
+    assert np.isfinite(found.features).all()
+    assert found.features[0, 3] == pytest.approx(float(logits[0, :20].double().std(correction=0)))
+
+
+def test_a_set_of_features_that_can_not_be_fitted_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [[planted(np.random.default_rng(i), 300)] for i in range(6)]
+    whole = c.fit
+
+    def fit(some: list[c.Sample], features: tuple[str, ...]) -> dict[str, float]:
+        if features == ("gap",):
+            raise DecalError("no")
+        return whole(some, features)
+
+    monkeypatch.setattr(c, "fit", fit)
+    assert "gap" not in c.choose_features(samples, c.folds(6))
+    monkeypatch.setattr(c, "fit", lambda some, features: fit(some, ("gap",)))
+    with pytest.raises(DecalError, match="nothing to cut at"):
+        c.choose_features(samples, c.folds(6))
 
 
 def rows_of(rng: np.random.Generator, count: int) -> c.Sample:

@@ -124,6 +124,7 @@ def written(tmp_path: Path, **changes: Any) -> Path:
 
 def test_a_file_gives_chains(tmp_path: Path) -> None:
     found = calibrated.load(written(tmp_path))
+    assert repr(found) == "<calibration of tiny on 0 tasks; chains for validity 0.8>"
     assert str(found.chain(0.8)) == str(decal.parse("min_p(0.1) | temperature(1.4)"))
     assert str(found.controlled(0.3)) == str(decal.min_validity(0.6, 1.0, 0.5, -0.1))
     z = np.random.default_rng(2).normal(size=40) * 3
@@ -131,7 +132,7 @@ def test_a_file_gives_chains(tmp_path: Path) -> None:
     assert (kept(found.min_validity(0.4)(torch.from_numpy(z)[None]))[0] == np.isfinite(answer.log_q)).all()
     with pytest.raises(DecalError, match=r"no floor 0\.5; it has 0\.8"):
         found.chain(0.5)
-    with pytest.raises(DecalError, match=r"can't promise an invalidity of at most 0\.1"):
+    with pytest.raises(DecalError, match=r"can't promise an invalidity of at most 0\.1, but 0\.3"):
         found.controlled(0.1)
     with pytest.raises(DecalError, match=r"no epsilon 0\.2"):
         found.controlled(0.2)
@@ -160,12 +161,21 @@ def test_a_file_of_another_model_warns_or_refuses(tmp_path: Path) -> None:
         calibrated.load(file, model, tokenizer, mismatch="ignore")
     with pytest.raises(DecalError, match="a model and its tokenizer"):
         calibrated.load(file, model)
+    with pytest.raises(DecalError, match="in this order, got"):
+        calibrated.load(file, tokenizer, model)
 
 
 def test_a_fingerprint_is_that_of_the_weights_in_any_type() -> None:
     tokenizer, model = tiny.byte_level(), tiny.llama(257).bfloat16()
     here = calibrated.fingerprint(model, tokenizer)
     assert calibrated.fingerprint(model.float(), tokenizer) == here
+    assert calibrated.fingerprint(torch.compile(model, backend="eager"), tokenizer) == here
+    with pytest.raises(DecalError, match="meta device"):
+        calibrated.fingerprint(tiny.llama(257).to("meta"), tokenizer)
+    rolled = tiny.llama(257).bfloat16()
+    with torch.no_grad():
+        rolled.model.embed_tokens.weight[:, 1:] = rolled.model.embed_tokens.weight[:, 1:].roll(3, 0)
+    assert calibrated.fingerprint(rolled, tokenizer) != here
     last = list(model.state_dict().values())[-1]
     with torch.no_grad():
         last.view(-1)[0] += 1
@@ -176,13 +186,18 @@ def test_a_fingerprint_is_that_of_the_weights_in_any_type() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "no calibration of format 1, got 2"),
+        ({"format": 2}, "no calibration of format 1, as decal calibrate writes them; its format is 2"),
         ({"validity": {"offset": 1}}, None),
         ({"validity": {"offset": "x"}}, "no calibration: ValueError"),
         ({"validity": {"gap": -1}}, "gap must be"),
         ({"advised": {"0.8": {"chain": "min_p(0.1)"}}}, "no calibration: TypeError"),
         ({"advised": {"0.8": {"chain": "min_pp(0.1)", "score": 0, "reached": 0, "validity": 0, "diversity": 0}}}, "min_pp"),
         ({"risk": {"min_validity": {"0.1": "rm -rf"}}}, "c.json: "),
+        ({"validity": {"gap": 10**400}}, "no calibration: OverflowError"),
+        (
+            {"advised": {"0.8": {"chain": "min_p(0.1)", "score": "x", "reached": 0, "validity": 0, "diversity": 0}}},
+            "ValueError",
+        ),
         ({"risk": 7}, "no calibration: AttributeError"),
         ({"about": {"model": "m"}}, "no calibration: KeyError 'fingerprint'"),
         ({"report": None}, "no calibration: TypeError"),
@@ -201,7 +216,7 @@ def test_what_is_no_calibration_is_refused_in_one_line(changes: dict[str, Any], 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(DecalError, match="can't read the calibration"):
         calibrated.load(tmp_path / "none.json")
-    for text in ("", "[1]", "{", "\x80"):
+    for text in ("", "[1]", "{", "\x80", "[" * 100_000):
         (tmp_path / "c.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(DecalError, match="no calibration"):
             calibrated.load(tmp_path / "c.json")
