@@ -116,7 +116,8 @@ def mean(values: np.ndarray, seed: int = 0) -> str:
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [headings, ["---"] * len(headings), *rows])
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def contenders(runs: Runs) -> dict[str, np.ndarray]:
@@ -194,20 +195,26 @@ def risk_table(runs: Runs, seed: int = 0) -> str:
     rng = np.random.default_rng(seed)
     rows = []
     for epsilon in EPSILONS:
-        realised = []
+        given, every = [], []
         for _ in range(SPLITS):
             some = rng.permutation(len(loss))
             half = len(loss) // 2
             level = calibrate.conformal(loss[some[:half]], epsilon)
-            if level is not None:
-                realised.append(loss[some[half:], level].mean())
-        got = np.asarray(realised)
-        above = f"{(got > epsilon).mean():.0%}" if len(got) else "–"
-        average = f"{got.mean():.3f} ± {2 * got.std() / np.sqrt(len(got)):.3f}" if len(got) > 1 else "–"
-        rows.append([f"{epsilon:g}", f"{SPLITS - len(got)}", average, above])
-    return table(
-        ["epsilon", f"refused, of {SPLITS}", "mean invalidity on the other half", "splits with more than epsilon there"], rows
-    )
+            every.append(0.0 if level is None else loss[some[half:], level].mean())
+            given += [every[-1]] if level is not None else []
+        got, whole = np.asarray(given), np.asarray(every)
+        among = f"{got.mean():.3f}" if len(got) else "–"
+        error = 2 * whole.std() / np.sqrt(SPLITS)
+        cells = [f"{SPLITS - len(got)}", f"{whole.mean():.3f} ± {error:.3f}", among, f"{(whole > epsilon).mean():.0%}"]
+        rows.append([f"{epsilon:g}", *cells])
+    headings = [
+        "epsilon",
+        f"refused, of {SPLITS}",
+        "mean invalidity on the other half, a refusal counting 0",
+        "where it wasn't refused",
+        "splits with more than epsilon there",
+    ]
+    return table(headings, rows)
 
 
 def shots_table(few: Runs, many: Runs) -> str:
@@ -227,10 +234,13 @@ def shots_table(few: Runs, many: Runs) -> str:
 @click.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--shots", type=click.Path(path_type=Path, exists=True), help="Baselines on prompts with more exemplars.")
+@click.option("--examples", type=click.Path(path_type=Path, exists=True), help="What examples.py printed.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
-def main(folders: tuple[Path, ...], shots: Path | None, out: Path) -> None:
+def main(folders: tuple[Path, ...], shots: Path | None, examples: Path | None, out: Path) -> None:
     """Write calibration.md."""
-    intro = (Path(__file__).parent / "page.md").read_text()
+    intro = (
+        (Path(__file__).parent / "page.md").read_text().replace("@EXAMPLES@", examples.read_text() if examples else "Not made.")
+    )
     parts = []
     for folder in folders:
         runs = Runs.read(folder)
