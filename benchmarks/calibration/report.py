@@ -132,8 +132,8 @@ def floor_table(runs: Runs, floor: float) -> str:
     """Everything at a floor."""
     base = Told.of(runs, floor, runs.of(*BASELINES))
     able = runs.scores(floor).max(0) > 0
-    rows = [["best baseline", mean(base.transferred), f"{(base.transferred == 0).mean():.0%}", mean(base.best),
-             f"{(base.best == 0).mean():.0%}", "", "", "", ""]]  # fmt: skip
+    zeros = [f"{(scores == 0).mean():.0%}" for scores in (base.transferred, base.best)]
+    rows = [["best baseline", mean(base.transferred), "", zeros[0], mean(base.best), zeros[1], "", "", "", ""]]
     for name, settings in contenders(runs).items():
         one = Told.of(runs, floor, settings)
         open_ = runs.mask - base.transferred >= LEAST_GAP
@@ -145,6 +145,7 @@ def floor_table(runs: Runs, floor: float) -> str:
             [
                 name,
                 mean(one.transferred),
+                mean(one.transferred - base.transferred),
                 f"{(one.transferred == 0).mean():.0%}",
                 mean(one.best),
                 f"{(one.best == 0).mean():.0%}",
@@ -157,6 +158,7 @@ def floor_table(runs: Runs, floor: float) -> str:
     headings = [
         "",
         "score, settings from other tasks",
+        "gain",
         "of these 0",
         "score, best on the prompt",
         "of these 0",
