@@ -47,9 +47,8 @@ def main(model: str, accept_licence: bool) -> None:
                 torch.manual_seed(0)
                 took[name].append(seconds(network, inputs, settings))
         plain, read = (statistics.median(took[name][1:]) for name in ("plain", "reading"))
-        print(
-            f"B = {batch}: {batch * TOKENS / plain:.0f} tokens a second plain, {batch * TOKENS / read:.0f} reading, {read / plain:.2f} times"
-        )
+        speed = [batch * TOKENS / time_ for time_ in (plain, read)]
+        print(f"B = {batch}: {speed[0]:.0f} tokens a second plain, {speed[1]:.0f} reading: {read / plain:.2f} times as long")
 
 
 if __name__ == "__main__":
