@@ -11,7 +11,7 @@ from typing import Any
 
 from decal.samplers.chain import Chain, parse
 from decal.samplers.errors import DecalError
-from decal.samplers.rule import RULES, Rule, find
+from decal.samplers.rule import RULES, NumbersParameter, Rule, find
 
 TEMPERATURES = (0.01, 0.3, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 """Temperatures of arXiv 2605.11128."""
@@ -172,9 +172,16 @@ def points(*ranges: tuple[float, float], count: int, seed: int) -> list[list[flo
 
 
 def _tried(slow: bool) -> list[Rule]:
-    """The rules that samplers are compared by."""
-    left_out = {"answers", "prompts"}
-    return [r for r in RULES.values() if r.name != "temperature" and (slow or not r.slow) and not r.needs & left_out]
+    """The rules that samplers are compared by: none that has to be given something, or whose table has to be fitted."""
+    given = {"answers", "prompts"}
+    return [
+        r
+        for r in RULES.values()
+        if r.name != "temperature"
+        and (slow or not r.slow)
+        and not r.needs & given
+        and not any(isinstance(p, NumbersParameter) for p in r.params.values())
+    ]
 
 
 def _every_rule(slow: bool) -> list[Setting]:
