@@ -798,7 +798,8 @@ def test_a_name_is_declared_once(registry: dict[str, decal.Rule]) -> None:
 def test_arguments_need_a_declaration(registry: dict[str, decal.Rule]) -> None:
     with pytest.raises(
         DecalError,
-        match=r"^rule half: argument 'p' needs a Param\(\.\.\.\), Choice\(\.\.\.\), Numbers\(\.\.\.\) or Tokens\(\) as its default$",
+        match=r"^rule half: argument 'p' needs a Param\(\.\.\.\), Choice\(\.\.\.\), Numbers\(\.\.\.\) or Tokens\(\) "
+        r"as its default$",
     ):
 
         @decal.rule(paper="none")
