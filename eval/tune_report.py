@@ -89,7 +89,7 @@ def sentences(run: TuneRun) -> list[str]:
     said.append(f"Where it was chosen: validity {best.validity:.3f}, diversity {best.diversity:.3f}.{_plain(run)}")
     for over, held in (("prompts", best.prompts), ("tasks", best.tasks)):
         if len(held.validity) >= 2:
-            part = "left out, though the chain reads them all" if held.entangled else "that had no part in choosing it"
+            part = "left out, though what is chosen reads them all" if held.entangled else "that had no part in choosing it"
             said.append(f"On {over} {part}: {_both(held)}.")
     said.append(f"It costs {cost(best.chain, prompts)}.")
     said.append(_promise(run))
@@ -128,15 +128,17 @@ def _promise(run: TuneRun) -> str:
     held = tuning.best.tasks if tuning.over == "tasks" else tuning.best.prompts
     if held.entangled:
         return (
-            f"Nothing can be promised for {what}: the chain reads the other prompts of a task, so they are no independent "
+            f"Nothing can be promised for {what}: what is chosen reads the other prompts of a task, so they are no independent "
             "trials. With several tasks, ask for --promise tasks."
         )
+    if not np.isfinite(held.validity).all() and len(held.validity) > 1:
+        return f"Nothing can be promised for {what}: without some of them no setting reaches {tuning.floor:g}."
     if held.promise is None:
         given = f"{len(held.validity)} given"
         return f"Nothing can be promised for {what}: it takes {ENOUGH} or more, with a choice without each; {given}."
     return (
         f"A mean validity of {tuning.floor:g} on {what} can't be promised: at 95 % the chain above has {held.promise:.3f}, and "
-        "no more careful one gets there. Give more of them, or ask for less."
+        "none of the more careful ones tried gets there. Give more of them, or ask for less."
     )
 
 

@@ -35,6 +35,13 @@ MOST = 1e6
 """No budget is larger, in nats."""
 
 
+# Weights of the estimate; the defaults are about those of smollm2 on the built-in tasks.
+OFFSET = Param(1.4, low=-1000, high=1000)
+GAP = Param(0.5, low=1e-3, high=1000)
+ENTROPY = Param(-0.65, low=-1000, high=1000)
+PEAK = SPREAD = Param(0.0, low=-1000, high=1000)
+
+
 def _base(row: Row, offset: Tensor, entropy: Tensor, peak: Tensor, spread: Tensor) -> Tensor:
     """(B, 1) log odds of the most probable token."""
     return offset + entropy * row.entropy + peak * (row.max - row.logz) + spread * row.std
@@ -44,17 +51,16 @@ def _base(row: Row, offset: Tensor, entropy: Tensor, peak: Tensor, spread: Tenso
 def min_validity(
     row: Row,
     level: Tensor = Param(0.3, low=0, high=1, off=0.0, sweep=(0.05, 0.1, 0.2, 0.3, 0.5, 0.7)),
-    offset: Tensor = Param(1.8, low=-1000, high=1000),
-    gap: Tensor = Param(0.5, low=1e-3, high=1000),
-    entropy: Tensor = Param(-0.75, low=-1000, high=1000),
-    peak: Tensor = Param(0.0, low=-1000, high=1000),
-    spread: Tensor = Param(0.0, low=-1000, high=1000),
+    offset: Tensor = OFFSET,
+    gap: Tensor = GAP,
+    entropy: Tensor = ENTROPY,
+    peak: Tensor = PEAK,
+    spread: Tensor = SPREAD,
 ) -> Tensor:
     """Keep tokens that are valid with an estimated probability of at least ``level``.
 
     Kept: s_i >= log(level / (1 - level)), s_i = offset + gap (z_i - max z) + entropy H + peak log max p + spread sd(z). The
-    defaults lie between what ``decal calibrate`` fits for two small models; fit your own. With no weight but ``gap`` it is
-    ``min_p``.
+    defaults are about what ``decal calibrate`` fits for smollm2; fit your own. With no weight but ``gap`` it is ``min_p``.
     """
     needed = torch.log(level) - torch.log1p(-level)
     return row.max + (needed - _base(row, offset, entropy, peak, spread)) / gap
@@ -83,18 +89,18 @@ def risk_budget(
     row: Row,
     risk: Tensor = Param(0.8, low=0, high=1, off=1.0, sweep=(0.3, 0.5, 0.7, 0.8, 0.9, 0.97)),
     share: Tensor = Param(0.5, low=0, high=1),
-    offset: Tensor = Param(1.8, low=-1000, high=1000),
-    gap: Tensor = Param(0.5, low=1e-3, high=1000),
-    entropy: Tensor = Param(-0.75, low=-1000, high=1000),
-    peak: Tensor = Param(0.0, low=-1000, high=1000),
-    spread: Tensor = Param(0.0, low=-1000, high=1000),
+    offset: Tensor = OFFSET,
+    gap: Tensor = GAP,
+    entropy: Tensor = ENTROPY,
+    peak: Tensor = PEAK,
+    spread: Tensor = SPREAD,
 ) -> Tensor:
     """Keep tokens as long as the text stays valid with an estimated probability of at least 1 - ``risk``.
 
     Kept: -log v_i <= share b, v_i the estimated validity of ``min_validity`` and b what is left of the budget, -log(1 - risk)
     at first. A drawn token takes -log v_i from it: a text of sure steps can afford a daring one, and errors don't pile up. The
     most probable token always stays and may overdraw the budget, which is then 0 and leaves nothing else. ``risk`` is as good
-    as the estimate: find the one to use with ``decal calibrate``, which bounds the true risk.
+    as the estimate: ``decal calibrate`` finds the one at which the true risk is controlled, on average over tasks.
     """
     allowed = share * row.state["left"]
     # -log v <= a where the odds are at least 1 / (exp(a) - 1).
@@ -102,17 +108,21 @@ def risk_budget(
     return row.max + (needed - _base(row, offset, entropy, peak, spread)) / gap
 
 
+def _one_for_each_bin(edges: tuple[float, ...], **table: tuple[float, ...]) -> None:
+    for name, entries in table.items():
+        if len(entries) != len(edges) + 1:
+            raise DecalError(f"{len(edges)} edges make {len(edges) + 1} bins, got {len(entries)} values of {name}")
+
+
 def _by(value: Tensor, edges: tuple[float, ...], table: tuple[float, ...]) -> Tensor:
     """(B, 1) the entry of the table for the bin that ``value`` is in; bin i ends below ``edges[i]``."""
-    if len(table) != len(edges) + 1:
-        raise DecalError(f"{len(edges)} edges make {len(edges) + 1} bins, got a table of {len(table)}")
     found = torch.zeros_like(value) + table[0]
     for edge, entry in zip(edges, table[1:], strict=True):
         found = torch.where(value >= edge, entry, found)
     return found
 
 
-@rule(paper="arXiv:2305.02633", side="before")
+@rule(paper="arXiv:2305.02633", side="before", check=_one_for_each_bin)
 def conformal_nucleus(
     row: Row,
     p: tuple[float, ...] = Numbers((0.5, 0.8, 0.95), low=0, high=1),
@@ -121,13 +131,13 @@ def conformal_nucleus(
     """Keep the smallest set of most probable tokens whose mass reaches a share that depends on the row's entropy.
 
     Kept: what ``top_p`` keeps at p[i], i the number of ``edges``, in nats, that the entropy reaches. ``decal calibrate`` fits a
-    table such that a set misses a valid token no more often than asked for, in every bin. Conformal Nucleus Sampling, Ravfogel
-    et al. 2023.
+    table such that a valid token is missed as often as asked for, in every bin, on rows like those it saw. Conformal Nucleus
+    Sampling, Ravfogel et al. 2023.
     """
     return row.upper(mass=_by(row.entropy, edges, p))
 
 
-@rule(paper="arXiv:2510.05987", side="before")
+@rule(paper="arXiv:2510.05987", side="before", check=_one_for_each_bin)
 def calibrated_top_k(
     row: Row,
     k: tuple[float, ...] = Numbers((20, 5, 2), low=1, high=1e9),
@@ -220,7 +230,7 @@ class Calibration:
         chain = _of(found, epsilon, "epsilon")
         if chain is None:
             can = ", ".join(one for one, text in found.items() if text) or "none"
-            raise DecalError(f"the tasks of this calibration can't promise an invalidity of at most {epsilon:g}, but {can}")
+            raise DecalError(f"the tasks of this calibration can't promise an invalidity of at most {epsilon}, but {can}")
         return parse(chain)
 
 

@@ -203,7 +203,8 @@ class NumbersParameter:
     def check(self, where: str, value: Any) -> tuple[float, ...]:
         """``value`` as a tuple of floats. Raises DecalError."""
         real = isinstance(value, (tuple, list)) and all(
-            isinstance(v, numbers.Real) and not isinstance(v, bool) and self.low <= float(v) <= self.high for v in value
+            isinstance(v, numbers.Real) and not isinstance(v, bool) and operator.le(self.low, v) and operator.le(v, self.high)
+            for v in value
         )
         if not real or (self.sorted_ and any(a >= b for a, b in pairwise(value))):
             got = value[:, 0].tolist() if isinstance(value, Tensor) and value.dim() == 2 else value
@@ -302,6 +303,7 @@ class Rule:
         needs: what it reads besides the logits: ``history`` (tokens so far), ``state`` (see `Feedback`), ``chance`` (a coin a
             step), ``model`` (its embeddings), ``answers`` (the valid ones), ``prompts`` (other ones).
         feedback: its memory, if it has one.
+        check: ``check(**values)`` raises DecalError for values that don't go together.
         slow: why it is left out of default comparisons, if it is.
         wants_cut: whether it was made to stand behind a cut.
     """
@@ -317,6 +319,7 @@ class Rule:
     feedback: Feedback | None = None
     slow: str = ""
     wants_cut: bool = False
+    check: Callable[..., None] | None = None
 
     def __post_init__(self) -> None:
         allowed = "\n".join(f"    {name}: {p.allowed}; default {_short(p.default)}" for name, p in self.params.items())
@@ -368,6 +371,11 @@ class Rule:
         values = {
             name: param.check(f"{self.name}: {name}", given.get(name, param.default)) for name, param in self.params.items()
         }
+        if self.check is not None:
+            try:
+                self.check(**values)
+            except DecalError as error:
+                raise DecalError(f"{self.name}: {error}") from None
         return Step(self, values)
 
     @cached_property
@@ -528,6 +536,7 @@ def rule(
     feedback: Feedback | None = None,
     slow: str = "",
     wants_cut: bool = False,
+    check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., Any]], Rule]:
     """Declare the decorated function as a rule named after it: ``@rule()``. Raises DecalError if the name is taken.
 
@@ -538,6 +547,7 @@ def rule(
         side: where it is meant to stand: ``before`` or ``after`` temperature, or ``either``. `Chain.explain` warns otherwise.
         moved: ``moved(t, **values)`` gives the values that keep before ``temperature(t)`` what ``values`` keep after it.
         feedback: what it remembers of the tokens drawn; see `Feedback`.
+        check: ``check(**values)`` raises DecalError for values that are allowed one by one, but not together.
         slow: why it is left out of default comparisons.
         wants_cut: whether it was made to stand behind a cut. `Chain.explain` warns otherwise.
     """
@@ -556,7 +566,7 @@ def rule(
         if side not in SIDES:
             raise DecalError(f"rule {body.__name__}: side must be one of {', '.join(SIDES)}, got {side!r}")
         params = {a.name: a.default for a in arguments}
-        declared = Rule(body.__name__, body, params, paper, shift, scale, side, moved, feedback, slow, wants_cut)
+        declared = Rule(body.__name__, body, params, paper, shift, scale, side, moved, feedback, slow, wants_cut, check)
         for name, param in declared.params.items():
             for value in (param.default, *param.sweep):
                 param.check(f"rule {declared.name}: default and sweep of {name}", value)

@@ -102,6 +102,18 @@ def test_with_no_weight_but_the_gap_it_is_min_p() -> None:
     assert torch.equal(chain(z), decal.min_p(float(np.exp(-2.0)))(z))
 
 
+def test_a_table_needs_a_value_for_each_bin_and_says_so_at_once() -> None:
+    for text in ("conformal_nucleus((0.5, 0.9))", "calibrated_top_k((3, 2, 1, 1))", "conformal_nucleus((), ())"):
+        name = text.split("(")[0]
+        with pytest.raises(DecalError, match=rf"^{name}: . edges make . bins, got . values of [pk]$"):
+            decal.parse(text)
+    with pytest.raises(DecalError, match=r"edges must be a tuple of ascending numbers in \[0, 1000\] such as \(1, 3\)"):
+        decal.conformal_nucleus((0.5, 0.6, 0.7), (3.0, 1.0))
+    for bad in ((0.5, 10**400, 0.5), (0.5, float("nan"), 0.5), (0.5, True, 0.5), 0.5, "0.5"):
+        with pytest.raises(DecalError, match=r"^conformal_nucleus: p must be a tuple of numbers in \[0, 1\]"):
+            decal.conformal_nucleus(bad)
+
+
 def content(**changes: Any) -> dict[str, Any]:
     model, tokenizer = tiny.llama(257), tiny.byte_level()
     made = calibrated.Calibration(
@@ -134,6 +146,8 @@ def test_a_file_gives_chains(tmp_path: Path) -> None:
         found.chain(0.5)
     with pytest.raises(DecalError, match=r"can't promise an invalidity of at most 0\.1, but 0\.3"):
         found.controlled(0.1)
+    with pytest.raises(DecalError, match=r"can't promise an invalidity of at most 0\.1, but 0\.3"):
+        found.controlled("0.1")  # as the file spells it
     with pytest.raises(DecalError, match=r"no epsilon 0\.2"):
         found.controlled(0.2)
     with pytest.raises(DecalError, match=r"no epsilon 0\.3; it has none"):

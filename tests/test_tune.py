@@ -114,6 +114,15 @@ def test_a_promise_that_data_can_not_support_is_refused() -> None:
     assert "No setting reaches" in tune_report.sentences(tune_report.TuneRun({}, results, nothing))[0]
 
 
+def test_where_a_choice_without_some_prompts_finds_nothing_it_says_that() -> None:
+    validity = np.full((1, 1, 6), 0.79)
+    validity[0, 0, 0] = 0.9  # without this one the mean is below the floor
+    results = Results(("t",), ("a",), ("top_k(3)",), validity, np.full((1, 1, 6), 0.5))
+    found = tune.tune(results, 0.8)
+    said = tune_report.sentences(tune_report.TuneRun({}, results, found))[-1]
+    assert said == "Nothing can be promised for further prompts of these tasks: without some of them no setting reaches 0.8."
+
+
 def test_a_more_careful_chain_is_promised_where_the_best_one_can_not_be() -> None:
     results = made(1, settings=60, prompts=8)
     found = tune.tune(results, 0.75)
