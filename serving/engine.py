@@ -1,0 +1,52 @@
+"""What `decal.serving.verify` asks of a running engine. Each adapter implements it as its ``Live``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Written(NamedTuple):
+    """What an engine wrote behind a prompt.
+
+    Attributes:
+        tokens: the new ones, an end token included.
+        laws: (len(tokens), V) the log-probabilities each was drawn from, -inf where it could not be; None if the engine
+            doesn't tell.
+    """
+
+    tokens: list[int]
+    laws: Tensor | None
+
+
+class Engine(Protocol):
+    """A running engine with a model.
+
+    Attributes:
+        name, version: of the engine.
+        tokenizer: of its model, a fast one of transformers.
+    """
+
+    name: str
+    version: str
+    tokenizer: Any
+
+    def rows(self, texts: Sequence[Sequence[int]]) -> Tensor | None:
+        """(texts, V) logits of the model behind each text, up to a constant of the row, before anything is done to them; None if
+        the engine doesn't tell."""
+
+    def write(self, prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
+        """Continue every prompt, all in one batch, by at most ``length`` tokens, as a user's requests with the keys of
+        `decal.serving.request.KEYS` in ``asked`` would be. ``laws`` asks for what was drawn from.
+
+        Raises:
+            DecalError: the engine refused a request, with its words.
+        """
+
+    def notes(self) -> list[str]:
+        """What of the engine's configuration may act beside a chain."""
+
+    def close(self) -> None:
+        """Stop the engine, if it was started for this."""
