@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decal.samplers.chain import Chain, Seen, State
+from decal.samplers.chain import Chain, Seen, State, parse
 from decal.samplers.context import History
 from decal.samplers.rule import Parameter, Step
 from decal.serving.request import Request, fresh_number
@@ -66,9 +66,14 @@ def reads_text(chain: Chain) -> bool:
 
 
 class Rested:
-    """Memories of requests that have left a batch, the last `KEPT`, by their text."""
+    """Memories of requests that have left a batch, the last `KEPT`, by chain and text.
 
-    def __init__(self) -> None:
+    Args:
+        members: requests that may have left without a word, by anything.
+    """
+
+    def __init__(self, members: Mapping[Any, Member] | None = None) -> None:
+        self._members: Mapping[Any, Member] = {} if members is None else members
         self._places: OrderedDict[bytes, Place] = OrderedDict()
 
     def keep(self, member: Member) -> None:
@@ -79,7 +84,10 @@ class Rested:
             self._places.popitem(last=False)
 
     def find(self, text: bytes) -> Place | None:
-        return self._places.get(text)
+        """What a chain knew behind that text, with whichever request."""
+        if text in self._places:
+            return self._places[text]
+        return next((place for m in self._members.values() for place in m.places.values() if place.text == text), None)
 
 
 class Group:
@@ -119,7 +127,7 @@ class Group:
         if history is None or "state" not in self.chain.needs:
             return self._step(self.chain, logits, length, history, None)[0]
         lengths = history.length[:, 0].tolist()
-        texts = _digests(history)
+        texts = _digests(history, self.members)
         rounds = _rounds(self.members, lengths)
         for row in rounds[0]:
             member = self.members[row]
@@ -153,7 +161,7 @@ class Group:
         return torch.full_like(logits, -torch.inf).scatter_(1, tokens[:, None], 0.0), seen
 
     def _advance(self, chain: Chain, members: Sequence[Member], history: History, before: Sequence[bytes]) -> State:
-        """The state of each row: what its request's chain knew a token ago, told of that token; the initial one at its start."""
+        """The state of each row: what its chain knew a token ago, told of that token; the initial one where a text begins."""
         lengths, prompts = history.length[:, 0].tolist(), history.prompt[:, 0].tolist()
         found = [
             None if n <= p else self._find(member, n - 1, text)
@@ -194,7 +202,7 @@ def _rounds(members: Sequence[Member], lengths: Sequence[int]) -> list[list[int]
         if number == len(rounds):
             rounds.append([])
         rounds[number].append(row)
-    return rounds
+    return [sorted(rows) for rows in rounds]
 
 
 def grouped(members: Mapping[int, Member] | Sequence[Member | None], rested: Rested | None = None) -> list[Group]:
@@ -238,6 +246,14 @@ def histories(group: Group, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
     return History(torch.from_numpy(tokens), torch.tensor(lengths)[:, None], prompts, group.number)
 
 
+def warm_up(device: torch.device | str = "cpu") -> None:
+    """Compile what chains run on, if this machine has not yet: when an engine starts, not when its first request waits."""
+    chain = parse("top_k(2) | top_p(0.5) | min_p(0.1)")
+    logits = torch.arange(8.0, device=device)[None]
+    chain(logits, check=False)
+    chain.sample(logits, 0, 0, check=False)
+
+
 def shape(request: Request) -> Hashable:
     """What requests of one group have in common: rules, their words and tables, the answers, and whether decal draws."""
     chain = request.chain
@@ -270,12 +286,13 @@ def _varies(step: Step, name: str) -> bool:
     return isinstance(param, Parameter) and not param.static
 
 
-def _digests(history: History) -> list[tuple[bytes, bytes]]:
-    """Of each row, of all its tokens but the last, and of all."""
+def _digests(history: History, members: Sequence[Member]) -> list[tuple[bytes, bytes]]:
+    """Of each row, of its chain and seed with all its tokens but the last, and with all."""
     found = []
-    for row, length in zip(history.tokens.cpu().numpy(), history.length[:, 0].tolist(), strict=True):
+    for row, length, member in zip(history.tokens.cpu().numpy(), history.length[:, 0].tolist(), members, strict=True):
         real = np.ascontiguousarray(row[len(row) - length :], dtype=np.int64)
-        digest = blake2b(real[:-1].tobytes(), digest_size=16)
+        digest = blake2b(f"{member.request.chain} {member.request.seed}".encode(), digest_size=16)
+        digest.update(real[:-1].tobytes())
         before = digest.digest()
         digest.update(real[-1:].tobytes())
         found.append((before, digest.digest()))

@@ -34,8 +34,10 @@ class Engine(Protocol):
     tokenizer: Any
 
     def rows(self, texts: Sequence[Sequence[int]]) -> Tensor | None:
-        """(texts, V) logits of the model behind each text, up to a constant of the row, before anything is done to them; None if
-        the engine doesn't tell."""
+        """(texts, V) logits of the model behind each text, up to a constant of the row, before anything is done to them.
+
+        None if the engine doesn't tell.
+        """
 
     def write(self, prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
         """Continue every prompt, all in one batch, by at most ``length`` tokens, as a user's requests with the keys of

@@ -18,8 +18,7 @@ logits owe to the batch. Without it vLLM draws, with its own ``seed`` if there i
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,10 +28,8 @@ from torch import Tensor
 from decal.samplers.chain import Chain
 from decal.samplers.context import History
 from decal.samplers.errors import DecalError
-from decal.serving.batch import Group, Member, Rested, grouped, histories, process
+from decal.serving.batch import Group, Member, Rested, grouped, histories, process, warm_up
 from decal.serving.request import NEUTRAL, Request, as_params, refuse_beside
-
-log = logging.getLogger(__name__)
 
 
 def _bases() -> tuple[type, ...]:
@@ -93,8 +90,9 @@ class _Processor:
             )
         self._members: dict[int, Member] = {}
         self._texts: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
-        self._rested = Rested()
+        self._rested = Rested(self._members)
         self._groups: tuple[bytes, list[Group]] | None = None
+        warm_up(rest[0].device if self._requests is not None else rest[0])
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -231,4 +229,3 @@ def __getattr__(name: str) -> Any:
     made = type(name, (_Processor, *bases), {"__doc__": doc, "__module__": __name__})
     globals()[name] = made
     return made
-
