@@ -251,14 +251,15 @@ def warm_up(device: torch.device | str = "cpu") -> None:
     chain = parse("top_k(2) | top_p(0.5) | min_p(0.1)")
     logits = torch.arange(8.0, device=device)[None]
     chain(logits, check=False)
+    chain(logits.double(), check=False)  # between steps that only torch can do
     chain.sample(logits, 0, 0, check=False)
 
 
 def shape(request: Request) -> Hashable:
-    """What requests of one group have in common: rules, their words and tables, the answers, and whether decal draws."""
+    """What requests of one group have in common: rules, their words and tables, answers, embeddings, who draws."""
     chain = request.chain
     steps = tuple((s.rule.name, *(v for name, v in s.values.items() if not _varies(s, name))) for s in chain.steps)
-    return steps, id(chain.guide), request.seed is None
+    return steps, id(chain.guide), id(chain.weights), request.seed is None
 
 
 def joined(chains: Sequence[Chain]) -> Chain:

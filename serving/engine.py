@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+from decal.samplers.errors import DecalError
 
 
 class Written(NamedTuple):
@@ -52,3 +57,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop the engine, if it was started for this."""
+
+
+def http(url: str, body: Any = None, timeout: float = 600) -> Any:
+    """What a server answers in JSON, to a GET, or a POST of ``body``. Raises DecalError with its words if it refuses."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        raise DecalError(f"{url} answered {error.code}: {error.read().decode(errors='replace')}") from error
+    except (OSError, ValueError) as error:
+        raise DecalError(f"{url} could not be asked: {error}") from error

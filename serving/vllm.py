@@ -18,7 +18,7 @@ logits owe to the batch. Without it vLLM draws, with its own ``seed`` if there i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ from decal.samplers.chain import Chain
 from decal.samplers.context import History
 from decal.samplers.errors import DecalError
 from decal.serving.batch import Group, Member, Rested, grouped, histories, process, warm_up
+from decal.serving.engine import Written, http
 from decal.serving.request import NEUTRAL, Request, as_params, refuse_beside
 
 
@@ -215,6 +216,93 @@ def _move(held: dict[int, Any], one: int, other: int, *, swap: bool) -> None:
         held[other] = first
     if swap and second is not None:
         held[one] = second
+
+
+class Live:
+    """A running vLLM for `decal.serving.verify`: one started here, which tells all, or a server, which tells tokens."""
+
+    name = "vLLM"
+
+    def __init__(self, write: Any, rows: Any, tokenizer: Any, version: str, notes: Sequence[str], close: Any):
+        self._write, self._rows, self._notes, self._close = write, rows, notes, close
+        self.tokenizer, self.version = tokenizer, version
+
+    @classmethod
+    def start(cls, model: str, **kwargs: Any) -> Live:
+        """Load a model, with decal's processor; ``kwargs`` are arguments of ``LLM``."""
+        import vllm
+
+        given = {"logits_processors": ["decal.serving.vllm:Processor"], "generation_config": "vllm", "enforce_eager": True}
+        engine = vllm.LLM(model, logprobs_mode="processed_logits", max_logprobs=-1, **(given | kwargs))
+
+        def write(prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
+            neutral = {name: off[0] for name, off in NEUTRAL.items()}
+            told = {"logprobs": -1, "flat_logprobs": True} if laws else {}
+            params = vllm.SamplingParams(**neutral, max_tokens=length, extra_args=dict(asked) or None, detokenize=False, **told)
+            texts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+            try:
+                outputs = [one.outputs[0] for one in engine.generate(texts, params, use_tqdm=False)]
+            except ValueError as error:
+                raise DecalError(str(error)) from error
+            return [Written(list(one.token_ids), _laws(one.logprobs) if laws else None) for one in outputs]
+
+        def rows(texts: Sequence[Sequence[int]]) -> Tensor:
+            return torch.cat([one.laws for one in write(texts, {}, 1, True) if one.laws is not None])
+
+        return cls(write, rows, engine.get_tokenizer(), vllm.__version__, (), engine.llm_engine.engine_core.shutdown)
+
+    @classmethod
+    def connect(cls, url: str, tokenizer: Any = None, model: str | None = None) -> Live:
+        """A server at ``url``, such as ``http://localhost:8000``. It tells nothing of its laws.
+
+        Args:
+            tokenizer: of its model; loaded by the name of the model if not given.
+            model: its name there, if it serves several.
+
+        Raises:
+            DecalError: there is no server.
+        """
+        served = http(f"{url}/v1/models")["data"]
+        model = model or served[0]["id"]
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            root = next((one.get("root") for one in served if one["id"] == model), None)
+            tokenizer = AutoTokenizer.from_pretrained(root or model)
+
+        def write(prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
+            fields = {name: off[0] for name, off in NEUTRAL.items()}
+            body = {"model": model, "prompt": [list(prompt) for prompt in prompts], "max_tokens": length, **fields}
+            found = http(f"{url}/v1/completions", {**body, "vllm_xargs": dict(asked), "return_token_ids": True})
+            choices = sorted(found["choices"], key=lambda one: one["index"])
+            return [Written(list(one["token_ids"]), None) for one in choices]
+
+        return cls(write, lambda texts: None, tokenizer, http(f"{url}/version")["version"], (), lambda: None)
+
+    def rows(self, texts: Sequence[Sequence[int]]) -> Tensor | None:
+        """See `decal.serving.engine.Engine`."""
+        return self._rows(texts)
+
+    def write(self, prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
+        """See `decal.serving.engine.Engine`."""
+        return self._write(prompts, asked, length, laws)
+
+    def notes(self) -> list[str]:
+        """See `decal.serving.engine.Engine`."""
+        return list(self._notes)
+
+    def close(self) -> None:
+        """Stop it, if it was started for this."""
+        self._close()
+
+
+def _laws(flat: Any) -> Tensor:
+    """(tokens, V) out of vLLM's flat log-probabilities, where each token's are in no order."""
+    rows = []
+    for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
+        ids, values = torch.tensor(flat.token_ids[start:end]), torch.tensor(flat.logprobs[start:end])
+        rows.append(torch.full((int(ids.max()) + 1,), -torch.inf).scatter_(0, ids, values))
+    return torch.stack(rows)
 
 
 def __getattr__(name: str) -> Any:

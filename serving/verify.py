@@ -1,0 +1,589 @@
+"""Whether a running engine does with a chain what the chain says, and if not, what interferes.
+
+    engine = decal.serving.vllm.Live.start("path/to/model")
+    print(decal.serving.verify.verify(engine, ["temperature(1.3) | min_p(0.1)"], ["Once upon a time"]))
+
+The reference is the chain in plain torch, on the rows that the engine's own model gives. Compared are, at every step of what
+the engine writes, the tokens that can be drawn and their probabilities, where the engine tells them; the frequencies of first
+tokens, by a chi-square test; and with a seed, the tokens themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import decal
+from decal.kernels import dispatch
+from decal.samplers.chain import Chain, parse
+from decal.samplers.context import History
+from decal.samplers.errors import DecalError
+from decal.serving.engine import Engine, Written
+from decal.serving.request import Request, as_params
+
+NEAR = 1e-2
+"""Nats within which a token counts as on the cut: engines round differently from one step, or batch, to the next."""
+APART = 5e-3
+"""Total variation above which two laws differ."""
+FALSE_ALARMS = 1e-4
+"""How often frequencies of a right engine count as wrong."""
+
+PROMPTS = (
+    "Once upon a time, in a small village by the sea, there lived",
+    "The three most important things in life are",
+    "Q: Name a random animal.\nA:",
+    "def fibonacci(n):\n    ",
+    "The weather in London is",
+    "Random colour: blue\nRandom colour: red\nRandom colour:",
+    "1, 2, 3, 4, 5,",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "My favourite number between 1 and 100 is",
+    "Le chat est assis sur la",
+)
+"""What engines are asked to continue, unless told otherwise."""
+
+Rows = Callable[[Sequence[Sequence[int]]], Tensor]
+
+
+class Difference(NamedTuple):
+    """A token that the engine and the chain don't agree on.
+
+    Attributes:
+        generation, step: where, counted from 0.
+        token: its id.
+        kept_by: ``engine`` or ``chain``.
+        distance: nats to the nearest token on the other side of the chain's cut; infinite if it drops nothing.
+    """
+
+    generation: int
+    step: int
+    token: int
+    kept_by: str
+    distance: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one chain.
+
+    Attributes:
+        chain: as text.
+        refused: the engine's words, if it refused; nothing else is known then.
+        generations, steps: how many were compared law by law; 0 if the engine doesn't tell its laws.
+        differing: tokens kept by one of the two only, away from the cut.
+        near: how many are so close to the cut that rounding decides.
+        distance: the largest total variation between the laws of a step.
+        drawn: first tokens drawn for the test of frequencies; ``impossible`` of them the chain drops.
+        p: of the chi-square test; None if nothing was drawn.
+        seeded: tokens drawn with a seed, ``same`` of them those of the reference.
+        interference: what would explain the differences.
+    """
+
+    chain: str
+    refused: str = ""
+    generations: int = 0
+    steps: int = 0
+    differing: tuple[Difference, ...] = ()
+    near: int = 0
+    distance: float = 0.0
+    drawn: int = 0
+    impossible: int = 0
+    p: float | None = None
+    seeded: int = 0
+    same: int = 0
+    interference: tuple[str, ...] = ()
+
+    @property
+    def laws_agree(self) -> bool:
+        return not self.differing and self.distance <= APART
+
+    @property
+    def frequencies_agree(self) -> bool:
+        return not self.impossible and (self.p is None or self.p >= FALSE_ALARMS)
+
+    @property
+    def seeds_agree(self) -> bool:
+        # A tie of the race within rounding is rare, and spoils one token.
+        return self.same >= self.seeded - self.seeded // 100
+
+    @property
+    def ok(self) -> bool:
+        """Whether the engine does what the chain says."""
+        return not self.refused and self.laws_agree and self.frequencies_agree and self.seeds_agree
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of all chains with one engine.
+
+    Attributes:
+        engine, version: which.
+        notes: what of its configuration may act beside a chain.
+        findings: one for each chain.
+    """
+
+    engine: str
+    version: str
+    notes: tuple[str, ...]
+    findings: tuple[Finding, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether it does what every chain says."""
+        return all(finding.ok for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        found = [
+            {
+                **asdict(finding),
+                "ok": finding.ok,
+                # A few show what is wrong.
+                "differing": [
+                    {**one._asdict(), "distance": one.distance if math.isfinite(one.distance) else None}
+                    for one in finding.differing[:100]
+                ],
+                "differing_in_all": len(finding.differing),
+            }
+            for finding in self.findings
+        ]
+        return {
+            "decal": decal.__version__,
+            "engine": self.engine,
+            "version": self.version,
+            "ok": self.ok,
+            "notes": list(self.notes),
+            "findings": found,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.engine} {self.version}", *self.notes, *map(describe, self.findings)])
+
+
+def describe(finding: Finding) -> str:
+    """A finding in a few lines."""
+    lines = [f"{'ok  ' if finding.ok else 'FAIL'} {finding.chain}"]
+    if finding.refused:
+        return "\n     ".join([*lines, f"refused: {finding.refused}"])
+    if finding.steps:
+        lines.append(
+            f"kept sets: {len(finding.differing)} tokens differ in {finding.steps} steps of {finding.generations} generations"
+            f" ({finding.near} more within rounding of the cut); laws at most {finding.distance:.1e} apart in total variation"
+        )
+    else:
+        lines.append("kept sets: not compared, the engine doesn't tell its laws")
+    if finding.p is not None:
+        lines.append(
+            f"frequencies: {finding.drawn} draws, {finding.impossible} of tokens that the chain drops, chi-square p ="
+            f" {finding.p:.2g}"
+        )
+    if finding.seeded:
+        lines.append(f"seeds: {finding.same} of {finding.seeded} tokens are those of the reference")
+    return "\n     ".join([*lines, *(f"interference: {one}" for one in finding.interference)])
+
+
+def verify(
+    engine: Engine,
+    chains: Iterable[Chain | str],
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    generations: int = 50,
+    length: int = 4,
+    draws: int = 40,
+    seed: int = 0,
+    answers: Sequence[str] = ("red", "green", "light green", "blue"),
+    rows: Rows | None = None,
+) -> Report:
+    """Ask an engine about chains.
+
+    Args:
+        engine: a running one.
+        chains: with ``guided``, they follow ``answers``.
+        prompts: texts to continue.
+        generations, length: so many texts, of so many tokens, are compared step by step; prompts take turns.
+        draws: first tokens drawn behind each prompt, for the test of frequencies; 0 for none.
+        seed: the seed sent.
+        rows: gives logits (texts, V) behind lists of tokens, for engines that don't tell theirs.
+
+    Raises:
+        DecalError: the engine doesn't tell its rows, and nothing else does.
+    """
+    parsed = [parse(chain) if isinstance(chain, str) else chain for chain in chains]
+    tokens = [list(engine.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    findings = []
+    for chain in parsed:
+        guided = {"answers": answers} if "answers" in chain.needs else {}
+        try:
+            findings.append(_finding(engine, chain, tokens, guided, generations, length, draws, seed, rows))
+        except Refused as error:
+            findings.append(Finding(str(chain), refused=str(error)))
+    return Report(engine.name, engine.version, tuple(engine.notes()), tuple(findings))
+
+
+class Refused(Exception):
+    """The engine refused a request."""
+
+
+def _finding(
+    engine: Engine,
+    chain: Chain,
+    prompts: Sequence[list[int]],
+    guided: dict[str, Any],
+    generations: int,
+    length: int,
+    draws: int,
+    seed: int,
+    rows: Rows | None,
+) -> Finding:
+    request = Request.of(as_params(chain, **guided))
+    assert request is not None
+    chain = request.given(engine.tokenizer).chain
+    asked = as_params(chain, **guided)
+
+    def write(those: Sequence[list[int]], keys: dict[str, Any], size: int, laws: bool) -> list[Written]:
+        try:
+            return engine.write(those, keys, size, laws)
+        except DecalError as error:
+            raise Refused(str(error)) from error
+
+    def behind(texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+        return _rows_behind(engine, rows, texts)
+
+    turns = [prompts[i % len(prompts)] for i in range(generations)]
+    steps: list[Step] = []
+    if "chance" not in chain.needs:  # whose coins depend on a number that only the engine knows
+        texts = [
+            Text(i, prompt, one) for i, (prompt, one) in enumerate(zip(turns, write(turns, asked, length, True), strict=True))
+        ]
+        told = [text for text in texts if text.written.laws is not None]
+        for start in range(0, len(told), AT_ONCE):
+            found_rows = behind([one for text in told[start : start + AT_ONCE] for one in text.prefixes])
+            steps += [step for text in told[start : start + AT_ONCE] for step in _steps(chain, text, found_rows)]
+    texts = [
+        Text(i, p, one)
+        for i, (p, one) in enumerate(zip(prompts, write(prompts, {**asked, "decal_seed": seed}, length, False), strict=True))
+    ]
+    found_rows = behind([one for text in texts for one in text.prefixes])
+    same = [
+        drawn == int(wanted)
+        for text in texts
+        for drawn, (_, wanted) in zip(text.written.tokens, _replay(chain, text, found_rows, seed, seed), strict=True)
+    ]
+    frequencies = None
+    if draws and "chance" not in chain.needs:
+        first = write([p for p in prompts for _ in range(draws)], asked, 1, False)
+        begun = [Text(i, p, Written([], None)) for i, p in enumerate(prompts)]
+        found_rows = behind([tuple(p) for p in prompts])
+        laws = torch.cat([reference(chain, text, found_rows) for text in begun])
+        model = torch.cat([found_rows[tuple(p)] for p in prompts]).double().log_softmax(-1)
+        frequencies = Frequencies(laws, model, _counts(first, draws))
+    found = Finding(
+        str(chain),
+        generations=len({step.generation for step in steps}),
+        steps=len(steps),
+        differing=tuple(one for step in steps for one in step.differing if one.distance > NEAR),
+        near=sum(one.distance <= NEAR for step in steps for one in step.differing),
+        distance=max((step.distance for step in steps), default=0.0),
+        drawn=sum(map(len, frequencies.tokens)) if frequencies else 0,
+        impossible=frequencies.impossible if frequencies else 0,
+        p=frequencies.p() if frequencies else None,
+        seeded=len(same),
+        same=sum(same),
+    )
+    if found.ok:
+        return found
+    why = tuple(explain_laws(steps)) if not found.laws_agree else ()
+    if not why and frequencies and not found.frequencies_agree:
+        why = tuple(explain_frequencies(frequencies))
+    return replace(found, interference=why)
+
+
+# ---- the reference
+
+AT_ONCE = 16
+"""Texts whose rows are held at a time."""
+
+
+class Text(NamedTuple):
+    """What an engine wrote behind a prompt, and the number of the generation."""
+
+    generation: int
+    prompt: list[int]
+    written: Written
+
+    @property
+    def prefixes(self) -> list[tuple[int, ...]]:
+        """What stood before each of its tokens, and if there are none, behind the prompt."""
+        tokens = self.written.tokens
+        return [(*self.prompt, *tokens[:size]) for size in range(max(len(tokens), 1))]
+
+
+def _rows_behind(engine: Engine, rows: Rows | None, texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+    """(1, V) logits behind each text, asked for once."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    own = (rows or engine.rows)(distinct)
+    if own is None:
+        raise DecalError(f"{engine.name} doesn't tell what its model gives; pass rows= that does, of the same model")
+    return {text: own[i : i + 1] for i, text in enumerate(distinct)}
+
+
+def reference(chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor], number: int = 0) -> Tensor:
+    """(len(text.prefixes), V) float64 log-probabilities of the chain at every step of a text.
+
+    Args:
+        rows: (1, V) the model's logits, by what stands before them.
+        number: of the request, for its coins.
+    """
+    return torch.cat([scores for scores, _ in _replay(chain, text, rows, number, None)]).log_softmax(-1)
+
+
+def _replay(
+    chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor], number: int, seed: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The chain's scores, (1, V) float64, and the token it draws with the seed, at every step of a text."""
+    state = chain.init(1) if "state" in chain.needs else None
+    tokens = text.written.tokens
+    with dispatch.use("reference"):
+        for size, before in enumerate(text.prefixes if tokens or seed is None else []):
+            row = rows[before]
+            history = History.of([before], prompt=len(text.prompt), request=[number])
+            scores, seen = chain.apply(row.double(), state, history=history, check=False)
+            token = torch.zeros(1)
+            if seed is not None:
+                token, _ = chain.draw(row, [seed], [len(before)], state, history=history, check=False)
+            yield scores, token
+            if state is not None and size < len(tokens):
+                state = chain.observe(state, seen, torch.tensor([tokens[size]]))
+
+
+# ---- laws
+
+
+class Step(NamedTuple):
+    """One step of one generation: (V,) log-probabilities of the model, the chain and the engine, and the text before it."""
+
+    generation: int
+    text: list[int]
+    model: Tensor
+    chain: Tensor
+    engine: Tensor
+    differing: list[Difference]
+    distance: float
+
+
+def _steps(chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor]) -> list[Step]:
+    laws = text.written.laws
+    assert laws is not None
+    if not text.written.tokens:
+        return []
+    wanted = reference(chain, text, rows)
+    if laws.shape != wanted.shape:
+        raise DecalError(f"the engine gave laws of shape {tuple(laws.shape)} for {tuple(wanted.shape)} rows and tokens")
+    behind = torch.cat([rows[before] for before in text.prefixes]).double().log_softmax(-1)
+    compared = enumerate(zip(text.prefixes, behind, wanted, laws.double().log_softmax(-1), strict=True))
+    return [
+        Step(
+            text.generation,
+            list(before),
+            model,
+            ours,
+            theirs,
+            _differing(text.generation, step, model, ours, theirs),
+            _apart(ours, theirs),
+        )
+        for step, (before, model, ours, theirs) in compared
+    ]
+
+
+def _differing(number: int, step: int, model: Tensor, ours: Tensor, theirs: Tensor) -> list[Difference]:
+    kept, dropped = ours.isfinite(), ours.isneginf()
+    found = []
+    for token in (kept != theirs.isfinite()).nonzero()[:, 0].tolist():
+        other = model[dropped if kept[token] else kept]
+        distance = float((other - model[token]).abs().min()) if len(other) else torch.inf
+        found.append(Difference(number, step, token, "chain" if kept[token] else "engine", distance))
+    return found
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Total variation between two laws."""
+    return float((one.exp() - other.exp()).abs().sum() / 2)
+
+
+# ---- frequencies
+
+
+class Frequencies(NamedTuple):
+    """First tokens: (P, V) log-probabilities of chain and model behind each prompt, and of each the tokens drawn."""
+
+    laws: Tensor
+    model: Tensor
+    tokens: list[list[int]]
+
+    @property
+    def impossible(self) -> int:
+        """Draws of what the chain drops."""
+        return sum(int((self.laws[i][those].exp() < 1e-12).sum()) for i, those in enumerate(self.tokens))
+
+    def p(self, laws: Tensor | None = None) -> float:
+        """Of a chi-square test of all prompts together; tokens that are expected less than five times share a cell."""
+        from scipy.stats import chi2
+
+        statistic, freedom = 0.0, 0
+        for law, those in zip(self.laws if laws is None else laws, self.tokens, strict=True):
+            expected = law.exp() * len(those)
+            counts = torch.bincount(torch.tensor(those), minlength=len(law)).double()
+            rare = expected < 5
+            expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+            counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+            cells = expected > 1e-9
+            if not bool((counts[~cells] == 0).all()):
+                return 0.0
+            statistic += float(((counts - expected)[cells].square() / expected[cells]).sum())
+            freedom += int(cells.sum()) - 1
+        return float(chi2.sf(statistic, freedom)) if freedom else 1.0
+
+    def likelihood(self, laws: Tensor) -> float:
+        """Log-likelihood of the draws, where a thousandth of them may be anything."""
+        mixed = (laws.exp() * 0.999 + 0.001 / laws.shape[1]).log()
+        return sum(float(mixed[i][those].sum()) for i, those in enumerate(self.tokens))
+
+
+def _counts(written: Sequence[Written], draws: int) -> list[list[int]]:
+    first = [one.tokens[0] for one in written]
+    return [first[start : start + draws] for start in range(0, len(first), draws)]
+
+
+# ---- what interferes
+
+
+def explain_laws(steps: Sequence[Step]) -> Iterator[str]:
+    """What would make the engine's laws of the chain's, in words."""
+    if all(_apart(step.engine, step.model) <= APART for step in steps):
+        yield "the chain isn't applied: its keys are ignored, or the processor isn't there"
+        return
+    if all(int(step.engine.isfinite().sum()) == 1 and step.engine.argmax() == step.chain.argmax() for step in steps):
+        yield "a temperature of 0 beside the chain: every step keeps the most probable token alone"
+        return
+    penalised = _penalised(steps)
+    if penalised:
+        yield penalised
+        return
+    slope = _slope(steps)
+    if slope is not None and abs(slope - 1) > 1e-2:
+        yield f"a further temperature({1 / slope:.3g}) beside the chain"
+    slope = slope or 1.0
+    before = [step.chain for step in steps]
+    after = [(step.chain * slope).log_softmax(-1) for step in steps]
+    kept = [step.engine.isfinite() for step in steps]
+    if any(bool((k & ~law.isfinite()).any()) for k, law in zip(kept, before, strict=True)):
+        yield "the engine keeps tokens that the chain drops: another chain, or the chain before something that lifts tokens"
+        return
+    if all(bool((k == law.isfinite()).all()) for k, law in zip(kept, before, strict=True)):
+        if abs(slope - 1) <= 1e-2:
+            yield "the same tokens with other probabilities, which no temperature explains"
+        return
+    cuts = [*_cuts(before, kept, "before"), *_cuts(after, kept, "after")] if abs(slope - 1) > 1e-2 else _cuts(before, kept, "")
+    yield (
+        "a further cut beside the chain: " + " or ".join(dict.fromkeys(cuts))
+        if cuts
+        else "a further cut beside the chain, which is no top_k, top_p or min_p"
+    )
+
+
+def _slope(steps: Sequence[Step]) -> float | None:
+    """By what the engine's log-probabilities are the chain's times a number, if they are; differences within a row tell."""
+    slopes = []
+    for step in steps:
+        both = step.chain.isfinite() & step.engine.isfinite()
+        ours, theirs = step.chain[both], step.engine[both]
+        if len(ours) > 1 and ours.max() - ours.min() > 0.1:
+            ours, theirs = ours - ours.mean(), theirs - theirs.mean()
+            slope = float((ours * theirs).sum() / ours.square().sum())
+            if float((theirs - slope * ours).abs().max()) > 0.05 * (1 + float(theirs.abs().max())):
+                return None
+            slopes.append(slope)
+    if not slopes or max(slopes) - min(slopes) > 0.02 * max(slopes):
+        return None
+    return sum(slopes) / len(slopes)
+
+
+def _penalised(steps: Sequence[Step]) -> str:
+    """Words for a penalty on the tokens of the text, if that is all."""
+    found = False
+    for step in steps:
+        both = step.chain.isfinite() & step.engine.isfinite()
+        ratio = torch.where(both, step.engine - step.chain, torch.nan)
+        inside = torch.zeros_like(both)
+        inside[torch.tensor(step.text)] = True
+        outside, within = ratio[both & ~inside], ratio[both & inside]
+        if len(outside) < 2 or float(outside.max() - outside.min()) > 0.02:
+            return ""
+        found |= len(within) > 0 and float((within - outside.median()).min()) < -0.05
+    return "a penalty on tokens of the text beside the chain" if found else ""
+
+
+def _cuts(laws: Sequence[Tensor], kept: Sequence[Tensor], when: str) -> list[str]:
+    """The cuts of one parameter that make of every law what was kept of it."""
+    where = f", {when} the temperature" if when else ""
+    bounds: dict[str, tuple[float, float]] = {"top_k": (0, torch.inf), "top_p": (0, 1), "min_p": (0, 1)}
+    for law, those in zip(laws, kept, strict=True):
+        values = law.sort(descending=True).values
+        values = values[values.isfinite()]
+        size = int(those.sum())
+        if not bool((law[those].min() >= law[law.isfinite() & ~those]).all()):
+            return []
+        mass, whole = values.exp().cumsum(0), size == len(values)
+        ratio = (values - values[0]).exp()
+        own = {
+            "top_k": (float(size), torch.inf if whole else float(size)),
+            "top_p": (float(mass[size - 2]) if size > 1 else 0.0, 1.0 if whole else float(mass[size - 1])),
+            "min_p": (0.0 if whole else float(ratio[size]), float(ratio[size - 1])),
+        }
+        bounds = {
+            name: (max(low, own[name][0]), min(high, own[name][1])) for name, (low, high) in bounds.items() if name in own
+        }
+    slack = {"top_k": 0.0, "top_p": 1e-3, "min_p": 1e-3}
+    fits = {name: (low, high) for name, (low, high) in bounds.items() if low <= high + slack[name]}
+    return [
+        f"top_k({low:.0f}){where}" if name == "top_k" else f"{name}({_round_between(low, high)}){where}"
+        for name, (low, high) in fits.items()
+    ]
+
+
+def _round_between(low: float, high: float) -> str:
+    """The shortest decimal in an interval, or its middle."""
+    for digits in range(1, 6):
+        middle = round((low + high) / 2, digits)
+        if low - 1e-9 <= middle <= high + 1e-9:
+            return f"{middle:g}"
+    return f"{(low + high) / 2:.3g}"
+
+
+CANDIDATES = (
+    *(f"top_k({k})" for k in (1, 10, 20, 40, 50, 64, 100)),
+    *(f"top_p({p})" for p in (0.8, 0.85, 0.9, 0.95)),
+    *(f"min_p({p})" for p in (0.02, 0.05, 0.1)),
+    *(f"temperature({t})" for t in (0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5)),
+)
+"""Steps that engines are known to add."""
+
+
+def explain_frequencies(found: Frequencies) -> Iterator[str]:
+    """The same from draws alone: the one of a few candidates that fits, if one does."""
+    laws = {"the chain isn't applied: its keys are ignored, or the processor isn't there": found.model}
+    for text in CANDIDATES:
+        with dispatch.use("reference"):
+            laws[f"a further {text} beside the chain"] = parse(text)(found.laws, check=False).log_softmax(-1)
+    best = max(laws, key=lambda words: found.likelihood(laws[words]))
+    if found.p(laws[best]) >= FALSE_ALARMS and found.likelihood(laws[best]) > found.likelihood(found.laws) + 5:
+        yield f"{best} (the likeliest of {len(laws)} guesses, from frequencies)"
+    else:
+        yield "the frequencies are those of nothing decal knows to guess"

@@ -1,0 +1,196 @@
+"""`decal verify` on an engine in miniature that does what a chain says, or something else beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from replay import CHAINS, law, row
+from tiny import byte_level
+from torch import Tensor
+
+import decal
+from decal import DecalError
+from decal.serving.engine import Written
+from decal.serving.request import Request
+from decal.serving.verify import verify
+
+PROMPTS = ["ab", "c", "ddd", "e f", "xyz!"]
+
+
+class Miniature:
+    """Draws from ``before | chain | after`` on rows that are a function of the text.
+
+    Args:
+        before, after: texts of chains that it applies too.
+        drops: whether it forgets the chain.
+        tells: whether it tells its laws.
+        blind: whether it ignores seeds.
+    """
+
+    name, version = "miniature", "1.0"
+
+    def __init__(self, before: str = "", after: str = "", drops: bool = False, tells: bool = True, blind: bool = False):
+        self.before, self.after, self.drops, self.tells, self.blind = before, after, drops, tells, blind
+        self.tokenizer = byte_level()
+        self.vocabulary = len(self.tokenizer)
+        self._generator = torch.Generator().manual_seed(5)
+
+    def row(self, text: Sequence[int]) -> Tensor:
+        return row(text, self.vocabulary)
+
+    def rows(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        return torch.cat([self.row(text) for text in texts])
+
+    def write(self, prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
+        written = []
+        for prompt in prompts:
+            request = Request.of({k: v for k, v in asked.items() if not (self.blind and k == "decal_seed")})
+            assert request is not None
+            request = request.given(self.tokenizer)
+            output: list[int] = []
+            rows = []
+            for _ in range(length):
+                scores = self.scores(request, prompt, output)
+                rows.append(scores)
+                output.append(int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator)))
+            written.append(Written(output, torch.cat(rows) if laws and self.tells else None))
+        return written
+
+    def scores(self, request: Request, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
+        text = [*prompt, *output]
+        if self.drops:
+            return self.row(text)
+
+        def rows(text: Sequence[int]) -> Tensor:
+            return self.own(self.before, self.row(text), text)
+
+        return self.own(self.after, law(request, prompt, output, request.seed or 0, rows), text)
+
+    @staticmethod
+    def own(chain: str, scores: Tensor, text: Sequence[int]) -> Tensor:
+        return decal.parse(chain)(scores, history=decal.History.of([list(text)]), check=False) if chain else scores
+
+    def notes(self) -> list[str]:
+        return ["a note"]
+
+    def close(self) -> None:
+        pass
+
+
+def one(engine: Miniature, chain: str, **kwargs: Any) -> Any:
+    report = verify(engine, [chain], PROMPTS, **{"generations": 10, "length": 4, "draws": 60, **kwargs})
+    assert (report.engine, report.version, report.notes) == ("miniature", "1.0", ("a note",))
+    json.dumps(report.as_json(), allow_nan=False)
+    return report.findings[0]
+
+
+@pytest.mark.parametrize("chain", [*CHAINS, "guided(1.0)", "guided(0.3) | temperature(2)"])
+def test_an_engine_that_does_what_the_chain_says_passes(chain: str):
+    finding = one(Miniature(), chain, answers=["ab", "abc", "b"], length=2)
+    assert finding.ok, str(finding)
+    assert finding.seeded == finding.same > 0
+    assert not finding.interference
+    if "xtc" not in chain:
+        assert (finding.generations, finding.steps) == (10, 20)
+        assert finding.drawn == 300
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"drops": True}, "the chain isn't applied"),
+        ({"after": "temperature(0)"}, "a temperature of 0"),
+        ({"after": "temperature(0.7)"}, r"a further temperature\(0\.7\)"),
+        ({"after": "temperature(1.5)"}, r"a further temperature\(1\.5\)"),
+        ({"after": "top_k(5)"}, r"a further cut beside the chain: .*top_k\(5\)"),
+        ({"after": "top_p(0.6)"}, r"a further cut beside the chain: top_p\(0\.6"),
+        ({"after": "min_p(0.2)"}, r"a further cut beside the chain: min_p\(0\.2"),
+        ({"after": "temperature(0.5) | top_k(4)"}, r"a further temperature\(0\.5\)"),
+        ({"before": "repetition_penalty(1.5)"}, "a penalty on tokens of the text"),
+    ],
+)
+def test_what_interferes_is_named(engine: dict[str, Any], words: str):
+    finding = one(Miniature(**engine), "temperature(1.5)", generations=20, draws=0)
+    assert not finding.ok
+    assert not finding.laws_agree
+    assert any(re.search(words, line) for line in finding.interference), finding.interference
+
+
+def test_both_a_temperature_and_a_cut_are_named():
+    finding = one(Miniature(after="temperature(0.5) | min_p(0.1)"), "temperature(1.5)", generations=20, draws=0)
+    assert [line.split("(")[0] for line in finding.interference][:1] == ["a further temperature"]
+    assert any("min_p(0.1" in line and "after the temperature" in line for line in finding.interference)
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"drops": True}, "the chain isn't applied"),
+        ({"after": "top_k(10)"}, r"a further top_k\(10\)"),
+        ({"after": "temperature(0.5)"}, r"a further temperature\(0\.5\)"),
+    ],
+)
+def test_what_interferes_is_guessed_from_draws_where_the_engine_doesn_t_tell_its_laws(engine: dict[str, Any], words: str):
+    finding = one(Miniature(**engine, tells=False), "temperature(1.5) | top_k(40)", draws=400, length=1)
+    assert finding.steps == 0
+    assert not finding.frequencies_agree
+    assert any(re.search(words, line) for line in finding.interference), finding.interference
+
+
+def test_draws_of_tokens_that_the_chain_drops_are_counted():
+    finding = one(Miniature(drops=True, tells=False), "min_p(0.5)")
+    assert finding.impossible > 50
+    assert not finding.ok
+
+
+def test_an_engine_that_ignores_seeds_fails():
+    finding = one(Miniature(blind=True), "temperature(1.5)")
+    assert finding.laws_agree
+    assert finding.frequencies_agree
+    assert not finding.seeds_agree
+    assert not finding.ok
+
+
+def test_a_token_within_rounding_of_the_cut_is_told_apart():
+    class Rounding(Miniature):
+        def scores(self, request: Request, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
+            scores = super().scores(request, prompt, output)
+            kept = scores.isfinite()
+            # Drops the last token kept, which is near the next one or isn't.
+            return scores.masked_fill(scores == scores[kept].min(), -torch.inf) if int(kept.sum()) > 1 else scores
+
+    finding = one(Rounding(), "top_k(20)", draws=0)
+    assert len(finding.differing) + finding.near == finding.steps == 40
+    assert all(difference.kept_by == "chain" for difference in finding.differing)
+    assert not finding.ok
+
+
+def test_a_refusal_is_told_with_the_engine_s_words():
+    class Refusing(Miniature):
+        def write(self, *args: Any) -> list[Written]:
+            raise DecalError("temperature=0.7 (send 1)")
+
+    finding = one(Refusing(), "min_p(0.1)")
+    assert finding.refused == "temperature=0.7 (send 1)"
+    assert not finding.ok
+
+
+def test_rows_may_come_from_elsewhere():
+    class Silent(Miniature):
+        def rows(self, texts: Sequence[Sequence[int]]) -> Any:
+            return None
+
+    engine = Silent(tells=False)
+    with pytest.raises(DecalError, match="miniature doesn't tell what its model gives"):
+        one(engine, "min_p(0.1)")
+    assert one(engine, "min_p(0.1)", rows=Miniature().rows).ok
+
+
+def test_right_engines_seldom_count_as_wrong():
+    values = [one(Miniature(tells=False), "temperature(1.2)", seed=s, draws=100, length=1).p for s in range(3)]
+    assert all(0.001 < p < 0.999 for p in values)
