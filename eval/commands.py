@@ -418,6 +418,93 @@ def _check_writable(folder: Path) -> None:
         folder.rmdir()  # until there is something to put into it
 
 
+ENGINES = ("vllm", "sglang", "llama_cpp", "transformers", "mlx_lm")
+
+
+@cli.command()
+@click.option("--engine", "name", type=click.Choice(ENGINES), required=True, help="Which one; it has to be installed.")
+@click.option("--model", help="A built-in name, hub id, local folder or GGUF file; smollm2 if a model is to be loaded.")
+@click.option("--url", help="Ask a running server, such as http://localhost:8000, instead of loading the model.")
+@click.option(
+    "--chain", "chains", multiple=True, required=True, help='Such as "temperature(1.3) | min_p(0.1)"; may be repeated.'
+)
+@click.option("--prompt", "prompts", multiple=True, help="A text to continue, instead of the built-in ten; may be repeated.")
+@click.option("--answer", "answers", multiple=True, help="A valid answer, for chains with guided; may be repeated.")
+@click.option("--generations", default=50, show_default=True, type=click.IntRange(0), help="Texts compared step by step.")
+@click.option("--length", default=4, show_default=True, type=click.IntRange(1), help="Their tokens.")
+@click.option("--draws", default=40, show_default=True, type=click.IntRange(0), help="First tokens drawn behind each prompt.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="The seed sent.")
+@click.option("--set", "settings", multiple=True, help="An argument of the engine, as name=value; may be repeated.")
+@click.option("--accept-licence", is_flag=True, help="Accept the licence of a built-in model that asks for it.")
+@click.option("--out", type=click.Path(path_type=Path), help="A JSON file for the report.")
+def verify(
+    name: str,
+    model: str | None,
+    url: str | None,
+    chains: tuple[str, ...],
+    prompts: tuple[str, ...],
+    answers: tuple[str, ...],
+    settings: tuple[str, ...],
+    accept_licence: bool,
+    out: Path | None,
+    **asked: Any,
+) -> None:
+    """Ask a serving engine whether it does what chains say, and if not, what interferes.
+
+    Loads the model into the engine, or asks a server, draws, and compares with the chain in plain torch: the tokens that can be
+    drawn at every step and their probabilities, where the engine tells them; frequencies; and tokens drawn with a seed. Ends
+    with exit code 1 if something differs.
+    """
+    from importlib import import_module
+
+    from decal.eval import models
+    from decal.eval.paths import atomic_write
+    from decal.serving import verify as checks
+
+    parsed = [decal.parse(chain) for chain in chains]
+    given = dict(_setting(text) for text in settings)
+    if out is not None and out.is_dir():
+        raise DecalError(f"--out must be a file, {out} is a folder")
+    module = import_module(f"decal.serving.{name}")
+    console = _console()
+    rows = None
+    if url is not None:
+        if not hasattr(module.Live, "connect"):
+            raise DecalError(f"{name} is no server to connect to; leave --url out")
+        if model is not None:
+            rows = checks.rows_of(models.load(model, accept_licence=accept_licence))
+        engine = module.Live.connect(url.rstrip("/"), **given)
+    else:
+        where = model or models.DEFAULT
+        find = models.gguf_file if name == "llama_cpp" else models.folder
+        engine = module.Live.start(str(find(where, accept_licence=accept_licence)), **given)
+    try:
+        more = {key: value for key, value in (("prompts", prompts), ("answers", answers)) if value}
+
+        def tell(finding: Any) -> None:
+            console.print(checks.describe(finding), highlight=False, markup=False, soft_wrap=True)
+
+        report = checks.verify(engine, parsed, rows=rows, each=tell, **more, **asked)
+    finally:
+        engine.close()
+    console.print(f"{report.engine} {report.version}", *report.notes, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    if out is not None:
+        atomic_write(out, json.dumps(report.as_json(), indent=1, allow_nan=False))
+    if not report.ok:
+        sys.exit(1)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``name=value``; a value that is JSON counts as that."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise DecalError(f"--set takes name=value, such as max_model_len=512, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 @cli.command()
 @click.argument("chain")
 def explain(chain: str) -> None:

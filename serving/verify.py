@@ -198,6 +198,7 @@ def verify(
     seed: int = 0,
     answers: Sequence[str] = ("red", "green", "light green", "blue"),
     rows: Rows | None = None,
+    each: Callable[[Finding], None] = lambda finding: None,
 ) -> Report:
     """Ask an engine about chains.
 
@@ -209,6 +210,7 @@ def verify(
         draws: first tokens drawn behind each prompt, for the test of frequencies; 0 for none.
         seed: the seed sent.
         rows: gives logits (texts, V) behind lists of tokens, for engines that don't tell theirs.
+        each: is told of every chain as it is done.
 
     Raises:
         DecalError: the engine doesn't tell its rows, and nothing else does.
@@ -222,6 +224,7 @@ def verify(
             findings.append(_finding(engine, chain, tokens, guided, generations, length, draws, seed, rows))
         except Refused as error:
             findings.append(Finding(str(chain), refused=str(error)))
+        each(findings[-1])
     return Report(engine.name, engine.version, tuple(engine.notes()), tuple(findings))
 
 
@@ -361,6 +364,17 @@ def _replay(
             yield scores, token
             if state is not None and size < len(tokens):
                 state = chain.observe(state, seen, torch.tensor([tokens[size]]))
+
+
+def rows_of(loaded: Any) -> Rows:
+    """What a model of transformers gives behind texts; ``loaded`` has it as ``model``."""
+
+    @torch.inference_mode()
+    def rows(texts: Sequence[Sequence[int]]) -> Tensor:
+        model = loaded.model
+        return torch.cat([model(torch.tensor([list(t)], device=model.device)).logits[:, -1].float().cpu() for t in texts])
+
+    return rows
 
 
 # ---- laws

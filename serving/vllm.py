@@ -18,6 +18,7 @@ logits owe to the batch. Without it vLLM draws, with its own ``seed`` if there i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -30,7 +31,9 @@ from decal.samplers.context import History
 from decal.samplers.errors import DecalError
 from decal.serving.batch import Group, Member, Rested, grouped, histories, process, warm_up
 from decal.serving.engine import Written, http
-from decal.serving.request import NEUTRAL, Request, as_params, refuse_beside
+from decal.serving.request import NEUTRAL, Request, as_params, ending, refuse_beside
+
+log = logging.getLogger(__name__)
 
 
 def _bases() -> tuple[type, ...]:
@@ -118,7 +121,13 @@ class _Processor:
         request = Request.of(params.extra_args)
         if request is None:
             return None
-        return Member.of(request.given(self._tokenizer) if request.answers else request, params.seed)
+        if request.answers is None:
+            return Member.of(request, params.seed)
+        try:
+            return Member.of(request.given(self._tokenizer), params.seed)
+        except Exception as error:  # too late to refuse it, and others must not stop for it
+            log.error("decal: a request ends without a word, as its answers can't be followed: %s", error)
+            return Member.of(ending(self._config.hf_text_config.eos_token_id))
 
     def _leave(self, slot: int) -> None:
         member = self._members.pop(slot, None)
@@ -222,6 +231,8 @@ class Live:
     """A running vLLM for `decal.serving.verify`: one started here, which tells all, or a server, which tells tokens."""
 
     name = "vLLM"
+    llm: Any = None
+    """The ``LLM``, if it was started here."""
 
     def __init__(self, write: Any, rows: Any, tokenizer: Any, version: str, notes: Sequence[str], close: Any):
         self._write, self._rows, self._notes, self._close = write, rows, notes, close
@@ -235,21 +246,33 @@ class Live:
         given = {"logits_processors": ["decal.serving.vllm:Processor"], "generation_config": "vllm", "enforce_eager": True}
         engine = vllm.LLM(model, logprobs_mode="processed_logits", max_logprobs=-1, **(given | kwargs))
 
-        def write(prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
+        width = engine.llm_engine.model_config.get_vocab_size()
+
+        def ask(prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, told: int) -> list[Written]:
             neutral = {name: off[0] for name, off in NEUTRAL.items()}
-            told = {"logprobs": -1, "flat_logprobs": True} if laws else {}
-            params = vllm.SamplingParams(**neutral, max_tokens=length, extra_args=dict(asked) or None, detokenize=False, **told)
+            laws = {"logprobs": -1 if told == width else told, "flat_logprobs": True} if told else {}
+            params = vllm.SamplingParams(**neutral, max_tokens=length, extra_args=dict(asked) or None, detokenize=False, **laws)
             texts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
             try:
                 outputs = [one.outputs[0] for one in engine.generate(texts, params, use_tqdm=False)]
             except ValueError as error:
                 raise DecalError(str(error)) from error
-            return [Written(list(one.token_ids), _laws(one.logprobs) if laws else None) for one in outputs]
+            return [Written(list(one.token_ids), _laws(one.logprobs, width) if told else None) for one in outputs]
+
+        def write(prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
+            # A whole law takes vLLM a tenth of a second to tell, and few chains keep so many tokens.
+            told = min(SOME, width) if laws else 0
+            written = ask(prompts, asked, length, told)
+            if told < width and any(one.laws is not None and int(one.laws.isfinite().sum(-1).max()) >= told for one in written):
+                return ask(prompts, asked, length, width)
+            return written
 
         def rows(texts: Sequence[Sequence[int]]) -> Tensor:
-            return torch.cat([one.laws for one in write(texts, {}, 1, True) if one.laws is not None])
+            return torch.cat([one.laws for one in ask(texts, {}, 1, width) if one.laws is not None])
 
-        return cls(write, rows, engine.get_tokenizer(), vllm.__version__, (), engine.llm_engine.engine_core.shutdown)
+        live = cls(write, rows, engine.get_tokenizer(), vllm.__version__, (), engine.llm_engine.engine_core.shutdown)
+        live.llm = engine
+        return live
 
     @classmethod
     def connect(cls, url: str, tokenizer: Any = None, model: str | None = None) -> Live:
@@ -296,13 +319,16 @@ class Live:
         self._close()
 
 
-def _laws(flat: Any) -> Tensor:
-    """(tokens, V) out of vLLM's flat log-probabilities, where each token's are in no order."""
-    rows = []
-    for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
-        ids, values = torch.tensor(flat.token_ids[start:end]), torch.tensor(flat.logprobs[start:end])
-        rows.append(torch.full((int(ids.max()) + 1,), -torch.inf).scatter_(0, ids, values))
-    return torch.stack(rows)
+SOME = 2048
+"""So many of the most probable tokens are asked for at first."""
+
+
+def _laws(flat: Any, width: int) -> Tensor:
+    """(tokens, width) out of vLLM's flat log-probabilities, where each token's are in no order; -inf for what isn't there."""
+    laws = torch.full((len(flat.start_indices), width), -torch.inf)
+    for law, start, end in zip(laws, flat.start_indices, flat.end_indices, strict=True):
+        law[torch.tensor(flat.token_ids[start:end])] = torch.tensor(flat.logprobs[start:end])
+    return laws
 
 
 def __getattr__(name: str) -> Any:

@@ -305,6 +305,20 @@ def test_builtin_is_downloaded_converted_and_found_again(
     assert models.load("tiny", progress=False).fingerprint == loaded.fingerprint
 
 
+def test_the_gguf_file_of_a_builtin_is_kept_for_other_programs(
+    shelf: models.Builtin, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = models.gguf_file("tiny", progress=False)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == shelf.gguf_sha256
+    assert (file.parent / "TERMS").read_text() == "terms"
+    assert leftovers(cache) == [file.parent]
+    monkeypatch.setenv("DECAL_OFFLINE", "1")
+    assert models.gguf_file("tiny") == models.gguf_file(str(file)) == file
+    assert models.folder(str(file), progress=False).joinpath("model.safetensors").is_file()
+    with pytest.raises(DecalError, match="neither a GGUF file nor a built-in model; these are"):
+        models.gguf_file("elsewhere.gguf")
+
+
 def test_progress_is_plain_lines_when_not_on_a_terminal(
     shelf: models.Builtin, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_request_is_its_chain_and_its_seed():
         ({"decal": "guided(1)", "decal_answers": ["red", "red"]}, "given twice"),
         ({"decal": "guided(1)", "decal_answers": ["red", 3]}, "must be a list of texts"),
         ({"decal": "guided(1)", "decal_regex": "a*"}, "infinite"),
+        ({"decal": "guided(1)", "decal_regex": "[a-z]{3}"}, "may have 10000 answers, got 17576"),
         ({"decal": "guided(1)", "decal_regex": 3}, "must be a text, got 3"),
         ({"decal": "guided(1)", "decal_regex": "a", "decal_answers": ["a"]}, "send one of them"),
     ],
@@ -112,7 +113,7 @@ def random_requests(rng: random.Random, count: int) -> list[Request | None]:
     return made
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_rows_of_a_batch_are_what_each_is_alone(seed: int):
     rng = random.Random(seed)
     requests = random_requests(rng, rng.choice([1, 2, 7, 40]))
@@ -198,13 +199,13 @@ def check_row(out: torch.Tensor, one: Running, output: list[int]) -> None:
         torch.testing.assert_close(out, law(request, one.prompt, output, number), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_first_interface_follows_requests_through_the_batch(seed: int):
     rng = random.Random(seed)
     processor = _Processor(config(), torch.device("cpu"), False)
     batch: list[Running | None] = []
     paused: list[Running] = []
-    for _ in range(60):
+    for _ in range(40):
         removed, added, moved = [], [], []
         for slot, one in enumerate(batch):
             if one is not None and rng.random() < 0.12:
@@ -242,7 +243,7 @@ def test_the_first_interface_follows_requests_through_the_batch(seed: int):
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_second_interface_follows_requests_through_slots_and_drafts(seed: int, drafts: int):
     rng = random.Random(seed)
     slots, longest = 6, 200
@@ -320,6 +321,20 @@ def test_a_plug_in_that_would_not_see_the_tokens_refuses_to_start():
     )
     with pytest.raises(DecalError, match="--no-async-scheduling"):
         _Processor(asynchronous, torch.device("cpu"), False)
+
+
+def test_a_request_that_was_refused_too_late_ends_and_others_go_on(caplog: pytest.LogCaptureFixture):
+    processor = _Processor(config(), torch.device("cpu"), False)
+    processor._config.hf_text_config = SimpleNamespace(eos_token_id=[7, 9])
+    processor._tokenizer = "no tokenizer"
+    bad = SimpleNamespace(extra_args={"decal": "guided(1)", "decal_answers": ["red"]}, seed=1)
+    good = SimpleNamespace(extra_args={"decal": "min_p(0.1)"}, seed=1)
+    update = SimpleNamespace(removed=[], added=[(0, bad, [1], []), (1, good, [2], [])], moved=[])
+    processor.update_state(update)
+    assert "a request ends without a word" in caplog.text
+    out = processor.apply(torch.cat([row([1]), row([2])]))
+    assert out[0].isfinite().nonzero().tolist() == [[7]]
+    torch.testing.assert_close(out[1:], parse("min_p(0.1)")(row([2])), rtol=0, atol=0)
 
 
 def test_memories_of_requests_that_left_are_bounded():
