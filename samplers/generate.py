@@ -38,6 +38,9 @@ configs, and ``generate`` would apply them beside the chain."""
 ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 """Arguments of ``generate`` that ask for assisted decoding."""
 
+OTHER_LOOPS = ("penalty_alpha", "dola_layers")
+"""Arguments of ``generate`` that ask for decoding of another kind, which looks at more than the processed scores."""
+
 
 def generate_kwargs(
     chain: Chain, kwargs: dict[str, Any], requests: Any = None, direct: bool = False, seeds: Any = None
@@ -46,6 +49,7 @@ def generate_kwargs(
     beside = sorted((set(kwargs) & set(NEUTRAL)) | ({"generation_config"} & set(kwargs)))
     if beside:
         raise DecalError(f"generate_kwargs: {', '.join(beside)} would act beside the chain {chain}; put it into the chain")
+    _refuse_deaf(chain, kwargs)
     beams = kwargs["num_beams"] = kwargs.get("num_beams") or 1
     if seeds is not None and beams > 1:
         raise DecalError(
@@ -62,6 +66,23 @@ def generate_kwargs(
     if direct:
         kwargs = _direct(kwargs)
     return {"do_sample": True, **neutral, **normalised, **kwargs, "logits_processor": processors}
+
+
+def _refuse_deaf(chain: Chain, kwargs: dict[str, Any]) -> None:
+    """Raise DecalError where ``generate`` would drop the processor, or hand it to code that need not call it."""
+    if kwargs.get("cache_implementation") == "paged":
+        raise DecalError(
+            "generate_kwargs: with cache_implementation='paged' generate turns to continuous batching, which drops all logits"
+            f" processors without a word, and the chain {chain} with them; use decal.serving.transformers.generate_batch"
+        )
+    if isinstance(kwargs.get("custom_generate"), str):
+        raise DecalError(
+            f"generate_kwargs: custom_generate={kwargs['custom_generate']!r} is code that may call no logits processor; write"
+            " the chain into it (decal.serving.transformers.save_custom_generate), or pass its function"
+        )
+    other = [name for name in OTHER_LOOPS if kwargs.get(name)]
+    if other:
+        raise DecalError(f"generate_kwargs: {', '.join(other)} decides on tokens beside the chain {chain}; leave it out")
 
 
 def _following(guide: Guide, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -255,7 +255,7 @@ class Live:
             texts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
             try:
                 outputs = [one.outputs[0] for one in engine.generate(texts, params, use_tqdm=False)]
-            except ValueError as error:
+            except _refusals() as error:
                 raise DecalError(str(error)) from error
             return [Written(list(one.token_ids), _laws(one.logprobs, width) if told else None) for one in outputs]
 
@@ -317,6 +317,15 @@ class Live:
     def close(self) -> None:
         """Stop it, if it was started for this."""
         self._close()
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a request that it doesn't admit."""
+    try:
+        from vllm.exceptions import VLLMValidationError
+    except ImportError:  # before 0.12
+        return (ValueError,)
+    return ValueError, VLLMValidationError
 
 
 SOME = 2048
