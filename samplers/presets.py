@@ -511,13 +511,14 @@ def _add_llama(s: _Settings, name: str, tokenizer: Any) -> None:
 
 def _breakers(s: _Settings, texts: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
     """Single-token breakers of DRY."""
+    texts = [text for text in texts if text]  # llama.cpp passes over empty ones
     if tokenizer is None:
         s.report.append("dry_sequence_breakers: are texts, so pass tokenizer=; without it repetitions reach over them")
         return ()
     for text in texts:
         if len(text.encode()) > 1:
             s.report.append(f"dry_sequence_breakers: {text!r} breaks a repetition only where one token contains all of it")
-    return tokens_with(tokenizer, *texts)
+    return tokens_with(tokenizer, *texts) if texts else ()
 
 
 def _add_mirostat(s: _Settings, version: str) -> None:

@@ -396,6 +396,10 @@ def test_from_llama_cpp_finds_breakers_with_a_tokenizer() -> None:
     chain, report = decal.from_llama_cpp({**given, "dry_sequence_breakers": ["\n", "zzz"]}, tokenizer=tokenizer)
     assert chain.steps[0].values["breakers"] == decal.tokens_with(tokenizer, "\n")
     assert report == ("dry_sequence_breakers: 'zzz' breaks a repetition only where one token contains all of it",)
+    # What its server takes for none, as it refuses an empty list.
+    chain, report = decal.from_llama_cpp({**given, "dry_sequence_breakers": [""]}, tokenizer=tokenizer)
+    assert "breakers" not in str(chain)
+    assert not report
 
 
 # ---- mlx-lm
