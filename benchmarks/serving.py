@@ -81,12 +81,13 @@ def _started(engine: str, **settings: Any) -> Any:
 @cli.command()
 @click.argument("engine", type=click.Choice(ENGINES))
 @click.option("--generations", default=50, show_default=True)
+@click.option("--draws", default=40, show_default=True, help="First tokens drawn behind each of ten prompts.")
 @click.option("--batching", default=None, help="Of transformers: generate or continuous.")
-def verify(engine: str, generations: int, batching: str | None) -> None:
+def verify(engine: str, generations: int, draws: int, batching: str | None) -> None:
     """Ask an engine about all chains."""
     live = _started(engine, **({"batching": batching} if batching else {}))
     try:
-        report = ask(live, CHAINS.values(), generations=generations, each=lambda finding: click.echo(str(finding)))
+        report = ask(live, CHAINS.values(), generations=generations, draws=draws, each=lambda finding: click.echo(str(finding)))
     finally:
         live.close()
     told = report.as_json()
