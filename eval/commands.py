@@ -479,12 +479,12 @@ def verify(
         find = models.gguf_file if name == "llama_cpp" else models.folder
         engine = module.Live.start(str(find(where, accept_licence=accept_licence)), **given)
     try:
-        more = {key: value for key, value in (("prompts", prompts), ("answers", answers)) if value}
+        asked |= {key: value for key, value in (("prompts", prompts), ("answers", answers)) if value}
 
         def tell(finding: Any) -> None:
             console.print(checks.describe(finding), highlight=False, markup=False, soft_wrap=True)
 
-        report = checks.verify(engine, parsed, rows=rows, each=tell, **more, **asked)
+        report = checks.verify(engine, parsed, rows=rows, each=tell, **asked)
     finally:
         engine.close()
     console.print(f"{report.engine} {report.version}", *report.notes, sep="\n", highlight=False, markup=False, soft_wrap=True)

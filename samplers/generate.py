@@ -49,7 +49,7 @@ def generate_kwargs(
     beside = sorted((set(kwargs) & set(NEUTRAL)) | ({"generation_config"} & set(kwargs)))
     if beside:
         raise DecalError(f"generate_kwargs: {', '.join(beside)} would act beside the chain {chain}; put it into the chain")
-    _refuse_deaf(chain, kwargs)
+    _refuse_deaf(chain, kwargs, direct)
     beams = kwargs["num_beams"] = kwargs.get("num_beams") or 1
     if seeds is not None and beams > 1:
         raise DecalError(
@@ -68,17 +68,17 @@ def generate_kwargs(
     return {"do_sample": True, **neutral, **normalised, **kwargs, "logits_processor": processors}
 
 
-def _refuse_deaf(chain: Chain, kwargs: dict[str, Any]) -> None:
+def _refuse_deaf(chain: Chain, kwargs: dict[str, Any], direct: bool) -> None:
     """Raise DecalError where ``generate`` would drop the processor, or hand it to code that need not call it."""
     if kwargs.get("cache_implementation") == "paged":
         raise DecalError(
             "generate_kwargs: with cache_implementation='paged' generate turns to continuous batching, which drops all logits"
-            f" processors without a word, and the chain {chain} with them; use decal.serving.transformers.generate_batch"
+            f" processors without a word, and the chain {chain} with them; use its generate_batch, docs/serving.md"
         )
-    if isinstance(kwargs.get("custom_generate"), str):
+    if isinstance(kwargs.get("custom_generate"), str) and not direct:
         raise DecalError(
             f"generate_kwargs: custom_generate={kwargs['custom_generate']!r} is code that may call no logits processor; write"
-            " the chain into it (decal.serving.transformers.save_custom_generate), or pass its function"
+            " the chain into it (save_custom_generate, docs/serving.md), or pass its function"
         )
     other = [name for name in OTHER_LOOPS if kwargs.get(name)]
     if other:

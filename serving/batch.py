@@ -22,8 +22,8 @@ from decal.samplers.context import History
 from decal.samplers.rule import Parameter, Step
 from decal.serving.request import Request, fresh_number
 
-KEPT = 256
-"""How many memories of requests that have left the batch are kept, in case they come back."""
+KEPT = 2**30
+"""Bytes of what requests that have left the batch remember that are kept, in case they come back."""
 
 
 class Place(NamedTuple):
@@ -32,6 +32,11 @@ class Place(NamedTuple):
     text: bytes
     state: State
     seen: Seen
+
+    @property
+    def bytes(self) -> int:
+        """Size of the rows."""
+        return sum(z.nbytes for z in self.seen.rows.values())
 
 
 @dataclass(eq=False)
@@ -52,7 +57,8 @@ class Member:
     def of(cls, request: Request, seed: int | None = None) -> Member:
         """For a request that has entered the batch. ``seed`` is the engine's own, if it has one."""
         number = next((n for n in (request.seed, seed) if n is not None), None)
-        return cls(request, fresh_number() if number is None else number)
+        # An engine's seed may be larger than what a tensor holds.
+        return cls(request, fresh_number() if number is None else (number + 2**63) % 2**64 - 2**63)
 
     @property
     def reads_text(self) -> bool:
@@ -66,7 +72,7 @@ def reads_text(chain: Chain) -> bool:
 
 
 class Rested:
-    """Memories of requests that have left a batch, the last `KEPT`, by chain and text.
+    """Memories of requests that have left a batch, the last ones, up to `KEPT` bytes, by chain and text.
 
     Args:
         members: requests that may have left without a word, by anything.
@@ -75,13 +81,19 @@ class Rested:
     def __init__(self, members: Mapping[Any, Member] | None = None) -> None:
         self._members: Mapping[Any, Member] = {} if members is None else members
         self._places: OrderedDict[bytes, Place] = OrderedDict()
+        self._bytes = 0
 
     def keep(self, member: Member) -> None:
         """Of a member that leaves."""
         for place in member.places.values():
+            self._forget(self._places.pop(place.text, None))
             self._places[place.text] = place
-        while len(self._places) > KEPT:
-            self._places.popitem(last=False)
+            self._bytes += place.bytes
+        while self._bytes > KEPT:
+            self._forget(self._places.popitem(last=False)[1])
+
+    def _forget(self, place: Place | None) -> None:
+        self._bytes -= place.bytes if place else 0
 
     def find(self, text: bytes) -> Place | None:
         """What a chain knew behind that text, with whichever request."""
@@ -179,7 +191,8 @@ class Group:
             old and {name: torch.cat([(p.state[step] or {})[name] for p in places]) for name in old}
             for step, old in enumerate(fresh)
         )
-        tokens = history.tokens[:, -1].masked_fill(begins[:, 0], 0)
+        # A draft that isn't known yet is no token; what comes of its row is thrown away.
+        tokens = history.tokens[:, -1].masked_fill(begins[:, 0], 0).clamp(min=0)
         advanced = chain.observe(state, seen, tokens)
         return tuple(
             new and old and {name: torch.where(begins.to(new[name].device), old[name].to(new[name]), new[name]) for name in old}

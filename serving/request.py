@@ -42,7 +42,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Settings by which an engine reshapes the distribution itself, and their values that don't; the first is the one to send."""
 
-MOST_STEPS = 64
+MOST_STEPS = 16
 """Nobody needs more, and one request must not hold up a batch."""
 
 MOST_ANSWERS = 10_000
@@ -88,6 +88,11 @@ class Request:
         if self.answers is None:
             return self
         return Request(self.chain.for_answers(_guide(self.answers, tokenizer)), self.seed, self.answers)
+
+    def refuse_copies(self, count: int) -> None:
+        """Raise DecalError if several answers are wanted that would be the same."""
+        if self.seed is not None and count > 1:
+            raise DecalError(f"decal_seed: {count} answers with one seed are one answer; send a request for each, with its own")
 
 
 def as_params(

@@ -447,19 +447,22 @@ class Frequencies(NamedTuple):
         return sum(int((self.laws[i][those].exp() < 1e-12).sum()) for i, those in enumerate(self.tokens))
 
     def p(self, laws: Tensor | None = None) -> float:
-        """Of a chi-square test of all prompts together; tokens that are expected less than five times share a cell."""
+        """Of a chi-square test of all prompts together; tokens that are expected less than five times share a cell, if
+        need be with another."""
         from scipy.stats import chi2
 
         statistic, freedom = 0.0, 0
         for law, those in zip(self.laws if laws is None else laws, self.tokens, strict=True):
             expected = law.exp() * len(those)
             counts = torch.bincount(torch.tensor(those), minlength=len(law)).double()
+            if bool((counts[expected < 1e-9] > 0).any()):
+                return 0.0
             rare = expected < 5
+            if 0 < float(expected[rare].sum()) < 5 and bool((~rare).any()):
+                rare[expected.masked_fill(rare, torch.inf).argmin()] = True  # the test wants five in every cell
             expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
             counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
-            cells = expected > 1e-9
-            if not bool((counts[~cells] == 0).all()):
-                return 0.0
+            cells = expected > 0
             statistic += float(((counts - expected)[cells].square() / expected[cells]).sum())
             freedom += int(cells.sum()) - 1
         return float(chi2.sf(statistic, freedom)) if freedom else 1.0
@@ -471,6 +474,8 @@ class Frequencies(NamedTuple):
 
 
 def _counts(written: Sequence[Written], draws: int) -> list[list[int]]:
+    if not all(one.tokens for one in written):
+        raise DecalError("the engine wrote nothing, not even an end token, behind a prompt")
     first = [one.tokens[0] for one in written]
     return [first[start : start + draws] for start in range(0, len(first), draws)]
 

@@ -22,6 +22,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ from decal.serving.engine import Written, http
 from decal.serving.request import NEUTRAL, Request, as_params, ending, refuse_beside
 
 log = logging.getLogger(__name__)
+
+_working: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""The processor that applies chains, by the identity of its engine's configuration."""
 
 
 def _bases() -> tuple[type, ...]:
@@ -96,6 +100,10 @@ class _Processor:
         self._texts: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
         self._rested = Rested(self._members)
         self._groups: tuple[bytes, list[Group]] | None = None
+        self._came = 0
+        # A plug-in and --logits-processors both bring the class, and a chain must not be applied twice.
+        self._config_of = vllm_config
+        self._idle = _working.setdefault(id(vllm_config), self) is not self
         warm_up(rest[0].device if self._requests is not None else rest[0])
 
     @classmethod
@@ -104,6 +112,7 @@ class _Processor:
         request = Request.of(sampling_params.extra_args)
         if request is not None:
             refuse_beside(request, sampling_params)
+            request.refuse_copies(getattr(sampling_params, "n", None) or 1)
 
     def is_argmax_invariant(self) -> bool:
         """Whether greedy requests could do without; a chain may change which token is the most probable."""
@@ -121,13 +130,20 @@ class _Processor:
         request = Request.of(params.extra_args)
         if request is None:
             return None
+        # Ranks that share a model must toss the same coins, and see requests come in the same order.
+        self._came += 1
+        number = self._came if params.seed is None else params.seed
         if request.answers is None:
-            return Member.of(request, params.seed)
+            return Member.of(request, number)
         try:
-            return Member.of(request.given(self._tokenizer), params.seed)
+            given = request.given(self._tokenizer)
+            width = self._config.get_vocab_size()
+            if given.chain.guide is not None and given.chain.guide.largest >= width:
+                raise DecalError(f"they have the token {given.chain.guide.largest}, the model {width} tokens")
+            return Member.of(given, number)
         except Exception as error:  # too late to refuse it, and others must not stop for it
             log.error("decal: a request ends without a word, as its answers can't be followed: %s", error)
-            return Member.of(ending(self._config.hf_text_config.eos_token_id))
+            return Member.of(ending(getattr(self._config.hf_text_config, "eos_token_id", None)))
 
     def _leave(self, slot: int) -> None:
         member = self._members.pop(slot, None)
@@ -139,7 +155,7 @@ class _Processor:
 
     def update_state(self, batch_update: Any) -> None:
         """Follow the changes of the batch."""
-        if batch_update is None:
+        if batch_update is None or self._idle:
             return
         for slot in batch_update.removed:
             self._leave(slot)
@@ -149,8 +165,11 @@ class _Processor:
             if member is not None:
                 self._members[slot], self._texts[slot] = member, (prompt or (), output)
         for one, other, direction in batch_update.moved:
+            swap = direction.name == "SWAP"
+            if not swap:
+                self._leave(other)  # vLLM doesn't name it among the removed if another takes its place at once
             for held in (self._members, self._texts):
-                _move(held, one, other, swap=direction.name == "SWAP")
+                _move(held, one, other, swap=swap)
         self._groups = None
 
     def _first(self, logits: Tensor) -> Tensor:
@@ -170,6 +189,8 @@ class _Processor:
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """A request has entered the batch. Whether its logits are changed."""
+        if self._idle:
+            return False
         self._leave(req_idx)
         self._groups = None
         member = self._member(sampling_params)

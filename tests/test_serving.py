@@ -17,7 +17,7 @@ from replay import CHAINS, VOCABULARY, law, row
 from tiny import byte_level
 
 from decal import DecalError, parse
-from decal.serving.batch import KEPT, Member, grouped, histories, process
+from decal.serving.batch import Member, grouped, histories, process
 from decal.serving.request import KEYS, MOST_STEPS, NEUTRAL, Request, as_params, beside
 from decal.serving.vllm import _Processor, request_fields
 
@@ -177,7 +177,7 @@ class Running:
 
 
 def config(**changes: Any) -> SimpleNamespace:
-    model = SimpleNamespace(logits_processors=["decal.serving.vllm:Processor"])
+    model = SimpleNamespace(logits_processors=["decal.serving.vllm:Processor"], get_vocab_size=lambda: VOCABULARY)
     return SimpleNamespace(model_config=model, scheduler_config=SimpleNamespace(async_scheduling=False, **changes))
 
 
@@ -337,14 +337,71 @@ def test_a_request_that_was_refused_too_late_ends_and_others_go_on(caplog: pytes
     torch.testing.assert_close(out[1:], parse("min_p(0.1)")(row([2])), rtol=0, atol=0)
 
 
-def test_memories_of_requests_that_left_are_bounded():
+def test_memories_of_requests_that_left_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("decal.serving.batch.KEPT", 20 * VOCABULARY * 8)
     processor = _Processor(config(), torch.device("cpu"), False)
     params = SimpleNamespace(extra_args={"decal": "mirostat(3.0)"}, seed=1)
-    for number in range(KEPT + 50):
+    for number in range(50):
         update = SimpleNamespace(removed=[0] if number else [], added=[(0, params, [number % VOCABULARY], [number])], moved=[])
         processor.update_state(update)
         processor.apply(row([number]))
-    assert len(processor._rested._places) == KEPT
+    assert len(processor._rested._places) == 20
+
+
+def test_a_seed_of_the_engine_may_be_large():
+    processor = _Processor(config(), torch.device("cpu"), False)
+    params = SimpleNamespace(extra_args={"decal": "xtc(0.1, 0.5)"}, seed=2**64 - 1)
+    processor.update_state(SimpleNamespace(removed=[], added=[(0, params, [1], [])], moved=[]))
+    assert processor.apply(row([1])).isfinite().any()
+
+
+def test_a_request_whose_place_is_taken_by_another_keeps_its_memory():
+    processor = _Processor(config(), torch.device("cpu"), False)
+    params = SimpleNamespace(extra_args={"decal": "mirostat(3.0, 0.9)"}, seed=1)
+    plain, output = SimpleNamespace(extra_args=None, seed=2), []
+    processor.update_state(SimpleNamespace(removed=[], added=[(0, params, [1, 2], output), (1, plain, [3], [])], moved=[]))
+    for token in (7, 8, 9, 17, 22):
+        processor.apply(torch.cat([row([1, 2, *output]), row([3])]))
+        output.append(token)
+    # Paused: the other moves to its place, which is all that is told.
+    processor.update_state(SimpleNamespace(removed=[], added=[], moved=[(1, 0, Direction.UNIDIRECTIONAL)]))
+    processor.update_state(SimpleNamespace(removed=[], added=[(1, params, [1, 2], list(output))], moved=[]))
+    out = processor.apply(torch.cat([row([3]), row([1, 2, *output])]))
+    torch.testing.assert_close(out[1:], law(Request.of(params.extra_args), [1, 2], output, 1), rtol=0, atol=0)
+
+
+def test_coins_are_the_same_in_any_group_and_on_every_rank():
+    texts = ["xtc(0.05, 0.0) | xtc(0.05, 0.5)", "xtc(0.05, 0.3) | xtc(0.05, 0.5)"]  # the first step of one is off
+    params = [SimpleNamespace(extra_args={"decal": text}, seed=None) for text in texts]
+    for number in range(20):
+        prompts = [[number, 1], [number]]
+        outs = []
+        for count in (1, 2, 2):
+            processor = _Processor(config(), torch.device("cpu"), False)
+            added = [(i, params[i], prompts[i], []) for i in range(count)]
+            processor.update_state(SimpleNamespace(removed=[], added=added, moved=[]))
+            outs.append(processor.apply(torch.cat([row(prompts[i]) for i in range(count)])))
+        assert torch.equal(outs[0][0], outs[1][0])
+        assert torch.equal(outs[1], outs[2])
+
+
+def test_a_chain_is_applied_once_where_a_plug_in_brings_the_class_again():
+    whole = config()
+    both = [_Processor(whole, torch.device("cpu"), False) for _ in range(2)]
+    params = SimpleNamespace(extra_args={"decal": "temperature(2.0)"}, seed=1)
+    out = row([1])
+    for processor in both:
+        processor.update_state(SimpleNamespace(removed=[], added=[(0, params, [1], [])], moved=[]))
+        out = processor.apply(out)
+    torch.testing.assert_close(out, row([1]) / 2)
+
+
+def test_several_answers_with_one_seed_are_refused():
+    params = SimpleNamespace(extra_args={"decal": "min_p(0.1)", "decal_seed": 3}, n=4, seed=None)
+    with pytest.raises(DecalError, match="4 answers with one seed are one answer"):
+        _Processor.validate_params(params)
+    params.n = 1
+    _Processor.validate_params(params)
 
 
 def test_importing_an_adapter_imports_no_engine():

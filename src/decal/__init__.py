@@ -7,8 +7,8 @@
 Every declared rule is an attribute of this package under its own name; ``decal.RULES`` lists them.
 
 Layers, each knowing only those before it: ``decal.kernels`` (how things are computed), ``decal.samplers`` (what to keep and
-how to reshape), ``decal.serving`` (chains in serving engines), ``decal.eval`` (what that does to validity and diversity; needs the
-extra ``decal[eval]``).
+how to reshape), ``decal.serving`` (chains in serving engines), ``decal.eval`` (what that does to validity and diversity; needs
+the extra ``decal[eval]``).
 """
 
 from decal import samplers as samplers

@@ -226,6 +226,9 @@ class TestOffline:
             print(words, "|", answer)
             assert isinstance(answer, ValueError)
             assert words in str(answer)
+        # Found out while its prompt is still being read in parts.
+        late = {**cases["top_k=20 (send -1)"], "input_ids": offline.live.tokenizer(LONG)["input_ids"]}
+        assert "top_k=20 (send -1)" in str(offline.all([late, good])[0])
         # And the engine still runs.
         assert offline.all([good])[0]["output_ids"] == answers[0]["output_ids"]
         with pytest.raises(DecalError, match="p must be in"):
