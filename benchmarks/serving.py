@@ -56,7 +56,7 @@ NATIVE = {"temperature": 0.8, "min_p": 0.05, "top_k": 50, "top_p": 0.9}
 CHAIN = "temperature(0.8) | min_p(0.05) | top_k(50) | top_p(0.9)"
 """The same, in the order of vLLM; others differ in which tokens they keep, not in what they have to do."""
 BATCHES = (1, 16, 64)
-LENGTH, ROUNDS = 32, 7
+LENGTH, ROUNDS = 16, 5
 
 
 @click.group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +65,7 @@ class Guide:
         if tokenizer is None:
             raise DecalError("to follow answers takes the model's tokenizer: for_answers(answers, tokenizer)")
         valid = answers if isinstance(answers, ValidSet) else ValidSet.from_list(list(answers))
-        vocabulary = Vocabulary.of(tokenizer)
+        vocabulary = _vocabulary(tokenizer, len(tokenizer) if hasattr(tokenizer, "__len__") else 0)
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         builder = TrieBuilder(lambda text: tokenizer.encode(text, add_special_tokens=False), vocabulary, eos)
         trie, _ = builder.build(valid, Policy(leading_space=leading_space, ends=tuple(ends)))
@@ -118,6 +118,12 @@ class Guide:
             counts = torch.tensor(list(behind.values()), dtype=torch.float64)
             self._choices[node] = torch.tensor(list(behind), dtype=torch.long), counts
         return self._choices[node]
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+    """Of a tokenizer with so many tokens, as some may be added: it takes a second, and an engine asks for every request."""
+    return Vocabulary.of(tokenizer)
 
 
 @rule(slow="no rival of other samplers, as it is told the valid answers", paper="arXiv:2605.11128")

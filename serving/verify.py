@@ -10,9 +10,9 @@ tokens, by a chi-square test; and with a seed, the tokens themselves.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,8 @@ from decal.serving.request import Request, as_params
 
 NEAR = 1e-2
 """Nats within which a token counts as on the cut: engines round differently from one step, or batch, to the next."""
+FEW = 50
+"""Tokens of a step that are looked at so closely; where more differ, rounding isn't why."""
 APART = 5e-3
 """Total variation above which two laws differ."""
 FALSE_ALARMS = 1e-4
@@ -57,14 +59,14 @@ class Difference(NamedTuple):
         generation, step: where, counted from 0.
         token: its id.
         kept_by: ``engine`` or ``chain``.
-        distance: nats to the nearest token on the other side of the chain's cut; infinite if it drops nothing.
+        near: whether the chain would agree if the model's logit of the token were `NEAR` away.
     """
 
     generation: int
     step: int
     token: int
     kept_by: str
-    distance: float
+    near: bool
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Finding:
         generations, steps: how many were compared law by law; 0 if the engine doesn't tell its laws.
         differing: tokens kept by one of the two only, away from the cut.
         near: how many are so close to the cut that rounding decides.
-        distance: the largest total variation between the laws of a step.
+        distance: the largest total variation between the laws of a step, on the tokens that both keep.
         drawn: first tokens drawn for the test of frequencies; ``impossible`` of them the chain drops.
         p: of the chi-square test; None if nothing was drawn.
         seeded: tokens drawn with a seed, ``same`` of them those of the reference.
@@ -144,10 +146,7 @@ class Report:
                 **asdict(finding),
                 "ok": finding.ok,
                 # A few show what is wrong.
-                "differing": [
-                    {**one._asdict(), "distance": one.distance if math.isfinite(one.distance) else None}
-                    for one in finding.differing[:100]
-                ],
+                "differing": [one._asdict() for one in finding.differing[:100]],
                 "differing_in_all": len(finding.differing),
             }
             for finding in self.findings
@@ -275,7 +274,7 @@ def _finding(
     same = [
         drawn == int(wanted)
         for text in texts
-        for drawn, (_, wanted) in zip(text.written.tokens, _replay(chain, text, found_rows, seed, seed), strict=True)
+        for drawn, (_, wanted, _) in zip(text.written.tokens, _replay(chain, text, found_rows, seed, seed), strict=True)
     ]
     frequencies = None
     if draws and "chance" not in chain.needs:
@@ -289,8 +288,8 @@ def _finding(
         str(chain),
         generations=len({step.generation for step in steps}),
         steps=len(steps),
-        differing=tuple(one for step in steps for one in step.differing if one.distance > NEAR),
-        near=sum(one.distance <= NEAR for step in steps for one in step.differing),
+        differing=tuple(one for step in steps for one in step.differing if not one.near),
+        near=sum(one.near for step in steps for one in step.differing),
         distance=max((step.distance for step in steps), default=0.0),
         drawn=sum(map(len, frequencies.tokens)) if frequencies else 0,
         impossible=frequencies.impossible if frequencies else 0,
@@ -344,13 +343,14 @@ def reference(chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor], 
         rows: (1, V) the model's logits, by what stands before them.
         number: of the request, for its coins.
     """
-    return torch.cat([scores for scores, _ in _replay(chain, text, rows, number, None)]).log_softmax(-1)
+    return torch.cat([scores for scores, *_ in _replay(chain, text, rows, number, None)]).log_softmax(-1)
 
 
 def _replay(
     chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor], number: int, seed: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The chain's scores, (1, V) float64, and the token it draws with the seed, at every step of a text."""
+) -> Iterator[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]:
+    """At every step of a text the chain's scores, (1, V) float64, the token it draws with the seed, and what it makes of other
+    rows there."""
     state = chain.init(1) if "state" in chain.needs else None
     tokens = text.written.tokens
     with dispatch.use("reference"):
@@ -358,10 +358,11 @@ def _replay(
             row = rows[before]
             history = History.of([before], prompt=len(text.prompt), request=[number])
             scores, seen = chain.apply(row.double(), state, history=history, check=False)
+            there = partial(chain, history=history, state=state, check=False)
             token = torch.zeros(1)
             if seed is not None:
                 token, _ = chain.draw(row, [seed], [len(before)], state, history=history, check=False)
-            yield scores, token
+            yield scores, token, there
             if state is not None and size < len(tokens):
                 state = chain.observe(state, seen, torch.tensor([tokens[size]]))
 
@@ -397,32 +398,32 @@ def _steps(chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor]) -> 
     assert laws is not None
     if not text.written.tokens:
         return []
-    wanted = reference(chain, text, rows)
-    if laws.shape != wanted.shape:
-        raise DecalError(f"the engine gave laws of shape {tuple(laws.shape)} for {tuple(wanted.shape)} rows and tokens")
-    behind = torch.cat([rows[before] for before in text.prefixes]).double().log_softmax(-1)
-    compared = enumerate(zip(text.prefixes, behind, wanted, laws.double().log_softmax(-1), strict=True))
-    return [
-        Step(
-            text.generation,
-            list(before),
-            model,
-            ours,
-            theirs,
-            _differing(text.generation, step, model, ours, theirs),
-            _apart(ours, theirs),
-        )
-        for step, (before, model, ours, theirs) in compared
-    ]
+    found: list[Step] = []
+    for step, (scores, _, there) in enumerate(_replay(chain, text, rows, 0, None)):
+        before = text.prefixes[step]
+        row, ours, theirs = rows[before].double(), scores.log_softmax(-1)[0], laws[step].double().log_softmax(-1)
+        if ours.shape != theirs.shape:
+            raise DecalError(f"the engine gave laws of {len(theirs)} tokens, and rows of {len(ours)}")
+        differing = _differing(text.generation, step, row, ours, theirs, there)
+        both = ours.isfinite() & theirs.isfinite()
+        distance = _apart(ours[both].log_softmax(-1), theirs[both].log_softmax(-1)) if bool(both.any()) else 1.0
+        model = row.log_softmax(-1)[0]
+        found.append(Step(text.generation, list(before), model, ours, theirs, differing, distance))
+    return found
 
 
-def _differing(number: int, step: int, model: Tensor, ours: Tensor, theirs: Tensor) -> list[Difference]:
-    kept, dropped = ours.isfinite(), ours.isneginf()
+def _differing(
+    number: int, step: int, row: Tensor, ours: Tensor, theirs: Tensor, there: Callable[[Tensor], Tensor]
+) -> list[Difference]:
+    kept = ours.isfinite()
     found = []
     for token in (kept != theirs.isfinite()).nonzero()[:, 0].tolist():
-        other = model[dropped if kept[token] else kept]
-        distance = float((other - model[token]).abs().min()) if len(other) else torch.inf
-        found.append(Difference(number, step, token, "chain" if kept[token] else "engine", distance))
+        near = False
+        if len(found) < FEW:
+            moved = row.clone()
+            moved[0, token] += -NEAR if kept[token] else NEAR
+            near = bool(there(moved)[0, token].isfinite() != kept[token])
+        found.append(Difference(number, step, token, "chain" if kept[token] else "engine", near))
     return found
 
 

@@ -156,18 +156,49 @@ def test_an_engine_that_ignores_seeds_fails():
     assert not finding.ok
 
 
-def test_a_token_within_rounding_of_the_cut_is_told_apart():
+def test_rounding_at_the_cut_is_told_apart_from_a_wrong_cut():
     class Rounding(Miniature):
-        def scores(self, request: Request, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
-            scores = super().scores(request, prompt, output)
-            kept = scores.isfinite()
-            # Drops the last token kept, which is near the next one or isn't.
-            return scores.masked_fill(scores == scores[kept].min(), -torch.inf) if int(kept.sum()) > 1 else scores
+        """Its logits are those it tells, but for a little."""
 
-    finding = one(Rounding(), "top_k(20)", draws=0)
-    assert len(finding.differing) + finding.near == finding.steps == 40
-    assert all(difference.kept_by == "chain" for difference in finding.differing)
-    assert not finding.ok
+        little = 1e-3
+
+        def scores(self, request: Request, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
+            def rows(text: Sequence[int]) -> Tensor:
+                cut = self.row(text).topk(20).values[0, -1]
+                # The last token kept is a little lower than told, the first dropped a little higher.
+                return torch.where(self.row(text) >= cut, self.row(text) - self.little, self.row(text))
+
+            return law(request, prompt, output, request.seed or 0, rows)
+
+    class Tight(Rounding):
+        """A row in which a token stands at the threshold of min_p, far from all others."""
+
+        def row(self, text: Sequence[int]) -> Tensor:
+            z = torch.full((1, self.vocabulary), -20.0)
+            z[0, :3] = torch.tensor([0.0, -1.0, float(torch.tensor(0.1).log()) + 1e-5])
+            return z
+
+        def scores(self, request: Request, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
+            z = self.row([])
+            z[0, 2] -= 3e-5 if request.seed is None else 0
+            return law(request, prompt, output, request.seed or 0, lambda text: z)
+
+    assert one(Rounding(), "top_k(20)", draws=0).laws_agree
+    tight = one(Tight(), "min_p(0.1)", draws=0)
+    assert tight.laws_agree
+    assert tight.near == tight.steps == 40
+
+
+def test_a_ban_that_is_not_followed_is_no_rounding():
+    class Dense(Miniature):
+        """Logits so close to one another that each has a neighbour within rounding."""
+
+        def row(self, text: Sequence[int]) -> Tensor:
+            return super().row(text) * 1e-3
+
+    finding = one(Dense(drops=True), "no_repeat_ngram(1)", draws=0)
+    assert len(finding.differing) > 40
+    assert not finding.laws_agree
 
 
 def test_a_refusal_is_told_with_the_engine_s_words():
