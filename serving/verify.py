@@ -416,7 +416,7 @@ def _differing(
     number: int, step: int, row: Tensor, ours: Tensor, theirs: Tensor, there: Callable[[Tensor], Tensor]
 ) -> list[Difference]:
     kept = ours.isfinite()
-    found = []
+    found: list[Step] = []
     for token in (kept != theirs.isfinite()).nonzero()[:, 0].tolist():
         near = False
         if len(found) < FEW:
