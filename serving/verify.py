@@ -398,7 +398,7 @@ def _steps(chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor]) -> 
     assert laws is not None
     if not text.written.tokens:
         return []
-    found: list[Step] = []
+    found = []
     for step, (scores, _, there) in enumerate(_replay(chain, text, rows, 0, None)):
         before = text.prefixes[step]
         row, ours, theirs = rows[before].double(), scores.log_softmax(-1)[0], laws[step].double().log_softmax(-1)
@@ -416,7 +416,7 @@ def _differing(
     number: int, step: int, row: Tensor, ours: Tensor, theirs: Tensor, there: Callable[[Tensor], Tensor]
 ) -> list[Difference]:
     kept = ours.isfinite()
-    found: list[Step] = []
+    found: list[Difference] = []
     for token in (kept != theirs.isfinite()).nonzero()[:, 0].tolist():
         near = False
         if len(found) < FEW:
