@@ -167,10 +167,7 @@ def page(check: bool) -> None:
 def _verified(kept: dict[str, Any]) -> str:
     """A table of chains by engines."""
     engines = {name: found["verify"] for name, found in kept.items() if "verify" in found}
-    heads = [
-        f"{found['engine']} {found['version']}" + (f", {name.split()[1]}" if " " in name else "")
-        for name, found in engines.items()
-    ]
+    heads = [f"{found['engine']} {found['version']}" for found in engines.values()]
     lines = [["chain", *heads], ["---"] * (1 + len(heads))]
     for what, chain in CHAINS.items():
         cells = [_cell(found, chain) for found in engines.values()]
@@ -185,7 +182,7 @@ def _cell(found: dict[str, Any], chain: str) -> str:
         return "not asked"
     if one["refused"]:
         return "refused"
-    steps = f"{one['steps']} steps" if one["steps"] else "laws not told"
+    steps = f"{one['steps']} steps" if one["steps"] else "seeds alone"
     seeds = f"{one['same']}/{one['seeded']} seeded"
     return f"{'yes' if one['ok'] else '**no**'}: {steps}, {seeds}"
 
