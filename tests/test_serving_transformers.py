@@ -335,7 +335,7 @@ def test_paged_generate_drops_processors_which_is_why_it_is_refused(model: Any):
     assert model.generate(ids, logits_processor=processors, **kwargs)[0, 3:].tolist() == [3] * 8
     paged = {"cache_implementation": "paged", "continuous_batching_config": ContinuousBatchingConfig(**SMALL)}
     assert set(model.generate(ids, logits_processor=processors, **kwargs, **paged)[0, 0, 3:].tolist()) != {3}
-    with pytest.raises(DecalError, match=r"drops all logits processors.*use decal.serving.transformers.generate_batch"):
+    with pytest.raises(DecalError, match=r"drops all logits processors.*use generate_batch of its serving adapter"):
         parse("min_p(0.1)").generate_kwargs(cache_implementation="paged")
     assert parse("min_p(0.1)").generate_kwargs(cache_implementation="static")["cache_implementation"] == "static"
 
