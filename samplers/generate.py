@@ -73,7 +73,8 @@ def _refuse_deaf(chain: Chain, kwargs: dict[str, Any], direct: bool) -> None:
     if kwargs.get("cache_implementation") == "paged":
         raise DecalError(
             "generate_kwargs: with cache_implementation='paged' generate turns to continuous batching, which drops all logits"
-            f" processors without a word, and the chain {chain} with them; use generate_batch of its serving adapter (docs/serving.md)"
+            f" processors without a word, and the chain {chain} with them; use generate_batch of its"
+            " serving adapter (docs/serving.md)"
         )
     if isinstance(kwargs.get("custom_generate"), str) and not direct:
         raise DecalError(
