@@ -427,6 +427,8 @@ class Chain:
         """The chain in wide floats, -inf where dropped, pass by pass; ``compiling`` where that can be."""
         context = Context(history, self.weights, self.guide, self.views)
         number = {id(step): i for i, step in enumerate(self.steps)}
+        # Several coins of a chain are several coins, whatever their seeds; one that is off may be on in another row.
+        toss = {id(step): n for n, step in enumerate((s for s in self.steps if "chance" in s.rule.needs), 1)}
         z_BV, seen = reference.clean(logits), {}
         # A row with nothing finite is none of the rules' business.
         dead = ~z_BV.isfinite().any(-1, keepdim=True)
@@ -440,9 +442,8 @@ class Chain:
             for step in one.steps:
                 if step.rule.feedback:
                     seen[number[id(step)]] = z_BV.masked_fill(dead, -torch.inf)
-                if "chance" in step.rule.needs:
-                    # Several coins of a chain are several coins, whatever their seeds.
-                    context = replace(context, toss=context.toss + 1)
+                if id(step) in toss:
+                    context = replace(context, toss=toss[id(step)])
             states = {id(step): state[number[id(step)]] if state else None for step in one.steps}
             state_of = {key: s and {name: v.to(z_BV) for name, v in s.items()} for key, s in states.items()}
             z_BV = run_pass(one, z_BV, context, state_of)

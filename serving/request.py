@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from decal.kernels.mass import MOST_TOKENS
 from decal.samplers.chain import Chain, from_json, parse
 from decal.samplers.errors import DecalError
 from decal.samplers.guided import Guide
+from decal.samplers.rule import TokensParameter
 from decal.samplers.trie import TokenTrie
 from decal.samplers.valid_set import ValidSet
 
@@ -44,6 +46,15 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 MOST_STEPS = 16
 """Nobody needs more, and one request must not hold up a batch."""
+
+MOST_MEMORIES = 2
+"""Steps with a memory: each keeps rows of the vocabulary for every request."""
+
+MOST_ROUNDS = 1000
+"""Of rules that take ``steps`` to their answer."""
+
+MOST_CHARACTERS = 100_000
+"""Of all answers; each takes half a kilobyte."""
 
 MOST_ANSWERS = 10_000
 """To prepare so many takes a second, for which the engine stands still."""
@@ -148,6 +159,17 @@ def _chain(given: Any, params: Mapping[str, Any]) -> Chain:
         raise DecalError(f"decal: a request may have {MOST_STEPS} steps, got {len(chain.steps)}")
     if chain.per_row is not None:
         raise DecalError(f"decal: a request has one value for each parameter, got a list of {chain.per_row} in {given!r}")
+    remember = sum(step.rule.feedback is not None for step in chain.steps)
+    if remember > MOST_MEMORIES:
+        raise DecalError(f"decal: a request may have {MOST_MEMORIES} steps with a memory, got {remember}")
+    for step in chain.steps:
+        rounds = step.values.get("steps", 0)
+        if isinstance(rounds, int) and rounds > MOST_ROUNDS:
+            raise DecalError(f"decal: {step.rule.name}: a request may ask for {MOST_ROUNDS} steps, got {rounds}")
+        for name, param in step.rule.params.items():
+            ids = step.values[name]
+            if isinstance(param, TokensParameter) and isinstance(ids, tuple) and max(ids, default=0) >= MOST_TOKENS:
+                raise DecalError(f"decal: {step.rule.name}: {name} has {max(ids)}, which is no token of any model")
     for need, one in chain.missing.items():
         if need != "answers":
             raise DecalError(f"decal: {chain} reads {one.what}, which an engine doesn't give to its processors")
@@ -186,6 +208,8 @@ def _answers(params: Mapping[str, Any]) -> tuple[str, ...] | str | None:
         raise DecalError("decal_answers and decal_regex: send one of them")
     if texts is not None and (not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts)):
         raise DecalError(f"decal_answers must be a list of texts, got {texts!r}")
+    if texts is not None and sum(map(len, texts)) > MOST_CHARACTERS:
+        raise DecalError(f"decal_answers may have {MOST_CHARACTERS} characters in all, got {sum(map(len, texts))}")
     if pattern is not None and not isinstance(pattern, str):
         raise DecalError(f"decal_regex must be a text, got {pattern!r}")
     answers = tuple(texts) if texts is not None else str(pattern)

@@ -42,6 +42,10 @@ def test_a_request_is_its_chain_and_its_seed():
         ({"decal": None}, "the chain is a text"),
         ({"decal": "min_p([0.1, 0.2])"}, "one value for each parameter, got a list of 2"),
         ({"decal": " | ".join(["min_p(0.1)"] * (MOST_STEPS + 1))}, f"may have {MOST_STEPS} steps, got {MOST_STEPS + 1}"),
+        ({"decal": "best_of_k(4, coverage=1.0, steps=1001)"}, "may ask for 1000 steps, got 1001"),
+        ({"decal": f"xtc(0.1, 0.5, spared=({2**70},))"}, "which is no token of any model"),
+        ({"decal": "mirostat(3) | mirostat(3) | mirostat(3)"}, "may have 2 steps with a memory, got 3"),
+        ({"decal": "guided(1)", "decal_answers": ["a" * 60_000, "b" * 60_000]}, "may have 100000 characters in all"),
         ({"decal_seeds": 3}, "unknown key 'decal_seeds'; did you mean decal_seed"),
         ({"decal_seed": 3}, "decal_seed without a chain"),
         ({"decal": "min_p(0.1)", "decal_seed": 0.5}, "decal_seed must be a whole number"),
@@ -373,8 +377,9 @@ def test_a_request_whose_place_is_taken_by_another_keeps_its_memory():
 def test_coins_are_the_same_in_any_group_and_on_every_rank():
     texts = ["xtc(0.05, 0.0) | xtc(0.05, 0.5)", "xtc(0.05, 0.3) | xtc(0.05, 0.5)"]  # the first step of one is off
     params = [SimpleNamespace(extra_args={"decal": text}, seed=None) for text in texts]
-    for number in range(20):
-        prompts = [[number, 1], [number]]
+    for number in range(40):
+        prompts = [[number] * (1 + number % 7), [number]]
+        params[0].seed = number if number % 2 else None
         outs = []
         for count in (1, 2, 2):
             processor = _Processor(config(), torch.device("cpu"), False)
