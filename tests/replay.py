@@ -22,12 +22,21 @@ CHAINS = [
     "temperature(1.4) | min_p(0.1) | flatten(0.7)",
     "repetition_penalty(1.3) | top_n_sigma(1.0)",
     "dry(0.8, 1.75, 1) | xtc(0.1, 0.5) | min_p(0.02)",
-    "mirostat(3.0)",
+    "mirostat(3.0, 0.9)",
     "risk_budget(0.8)",
     "min_validity(0.3)",
     "temperature(0)",
 ]
-"""Rules without and with text, coins and memory."""
+"""Rules without and with text, coins and memory, for texts of a few tokens of a small vocabulary."""
+REAL_CHAINS = [
+    *CHAINS[:7],
+    "dry(0.8) | xtc(0.1, 0.5) | min_p(0.02)",
+    "mirostat(3.0)",
+    "risk_budget(0.8)",
+    "min_validity(0.3)",
+    "guided(1.0)",
+]
+"""The same for real engines with a real model."""
 
 
 def row(text: Sequence[int], vocabulary: int = VOCABULARY) -> Tensor:

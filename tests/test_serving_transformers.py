@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from replay import CHAINS, law
+from replay import CHAINS, REAL_CHAINS, law
 from tiny import byte_level, llama
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, LogitsProcessor, LogitsProcessorList
@@ -605,22 +605,6 @@ def test_live_says_what_a_model_s_config_bans(model: Any):
         served.Live(model, TOKENIZER, "paged")
 
 
-REAL = [
-    "min_p(0.1)",
-    "top_p(0.9)",
-    "top_k(20) | temperature(0.7)",
-    "temperature(1.5) | min_p(0.1)",
-    "min_p(0.1) | temperature(1.5)",
-    "temperature(1.4) | min_p(0.1) | flatten(0.7)",
-    "repetition_penalty(1.3) | top_n_sigma(1.0)",
-    "dry(0.8) | xtc(0.1, 0.5) | min_p(0.02)",
-    "mirostat(3.0)",
-    "risk_budget(0.8)",
-    "min_validity(0.3)",
-    "guided(1.0)",
-]
-
-
 @pytest.mark.model
 @pytest.mark.parametrize("batching", ["generate", "continuous"])
 def test_verify_finds_nothing_on_the_real_model(batching: str):
@@ -629,7 +613,9 @@ def test_verify_finds_nothing_on_the_real_model(batching: str):
 
     loaded = models.load("smollm2")
     live = served.Live(loaded.model, loaded.tokenizer, batching)
-    report = verify.verify(live, REAL, verify.PROMPTS[:2], generations=2, length=3, draws=0)
+    report = verify.verify(live, REAL_CHAINS, verify.PROMPTS[:2], generations=2, length=3, draws=0)
     assert report.ok, str(report)
-    assert [finding.chain for finding in report.findings if not finding.steps] == [str(parse(REAL[7]))]  # its coins are its own
+    assert [finding.chain for finding in report.findings if not finding.steps] == [
+        str(parse(REAL_CHAINS[7]))
+    ]  # its coins are its own
     assert all(finding.seeded for finding in report.findings)

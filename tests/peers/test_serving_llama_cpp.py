@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from against import fresh_rows, fresh_texts
+from replay import REAL_CHAINS
 from torch import Tensor
 
 import decal
@@ -26,20 +27,6 @@ from decal.serving.verify import verify
 
 pytestmark = [pytest.mark.llama_cpp, pytest.mark.model]
 
-CHAINS = [
-    "min_p(0.1)",
-    "top_p(0.9)",
-    "top_k(20) | temperature(0.7)",
-    "temperature(1.5) | min_p(0.1)",
-    "min_p(0.1) | temperature(1.5)",
-    "temperature(1.4) | min_p(0.1) | flatten(0.7)",
-    "repetition_penalty(1.3) | top_n_sigma(1.0)",
-    "dry(0.8) | xtc(0.1, 0.5) | min_p(0.02)",
-    "mirostat(3.0)",
-    "risk_budget(0.8)",
-    "min_validity(0.3)",
-    "guided(1.0)",
-]
 ANSWERS = ["red", "green", "light green", "blue"]
 PROMPTS = ["Once upon a time, in a small village by the sea, there", "Random colour: blue\nRandom colour: red\nRandom colour:"]
 
@@ -96,14 +83,14 @@ def check(engine: Live, processor: Any, prompt: list[int], drawn: list[int], fou
         assert ours[token] > -torch.inf
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", REAL_CHAINS)
 def test_llama_cpp_draws_from_what_the_chain_leaves(live: Live, chain: str) -> None:
     for prompt in map(live.tokenizer.encode, PROMPTS):
         drawn, found, processor = write(live, prompt, chain)
         check(live, processor, prompt, drawn, found)
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", REAL_CHAINS)
 def test_with_a_seed_the_tokens_are_decal_s(live: Live, chain: str) -> None:
     for seed, prompt in enumerate(map(live.tokenizer.encode, PROMPTS)):
         drawn, found, processor = write(live, prompt, chain, seed=seed)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from replay import CHAINS
 from tiny import byte_level, llama
 from torch import Tensor
 
@@ -20,19 +21,6 @@ from decal.serving.verify import verify
 
 pytestmark = pytest.mark.mlx
 
-CHAINS = [
-    "min_p(0.1)",
-    "top_p(0.9)",
-    "top_k(20) | temperature(0.7)",
-    "temperature(1.5) | min_p(0.1)",
-    "min_p(0.1) | temperature(1.5)",
-    "temperature(1.4) | min_p(0.1) | flatten(0.7)",
-    "repetition_penalty(1.3) | top_n_sigma(1.0)",
-    "dry(0.8, 1.75, 1) | xtc(0.1, 0.5) | min_p(0.02)",
-    "mirostat(3.0)",
-    "risk_budget(0.8)",
-    "min_validity(0.3)",
-]
 ANSWERS = ["red", "green", "reed"]
 
 

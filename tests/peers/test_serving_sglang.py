@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from replay import REAL_CHAINS
 
 from decal import DecalError, History
 from decal.serving.engine import http
@@ -38,20 +39,6 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "max_running_requests": 16, "ran
 if not GPU:
     SETTINGS |= {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
 
-CHAINS = [
-    "min_p(0.1)",
-    "top_p(0.9)",
-    "top_k(20) | temperature(0.7)",
-    "temperature(1.5) | min_p(0.1)",
-    "min_p(0.1) | temperature(1.5)",
-    "temperature(1.4) | min_p(0.1) | flatten(0.7)",
-    "repetition_penalty(1.3) | top_n_sigma(1.0)",
-    "dry(0.8) | xtc(0.1, 0.5) | min_p(0.02)",
-    "mirostat(3.0)",
-    "risk_budget(0.8)",
-    "min_validity(0.3)",
-    "guided(1.0)",
-]
 LONG = " ".join(PROMPTS)
 """Read in parts, where SGLang is told to read few tokens at a time."""
 READS_TEXT = ["dry(0.8) | min_p(0.02)", "mirostat(3.0)"]
@@ -170,9 +157,9 @@ class TestOffline:
         assert dill.loads(bytes.fromhex(sent["callable"])) is adapter.Processor
         assert adapter.Processor.to_str() == PROCESSOR
 
-    @pytest.mark.parametrize("start", range(0, len(CHAINS), 4))
+    @pytest.mark.parametrize("start", range(0, len(REAL_CHAINS), 4))
     def test_the_processor_does_what_chains_say(self, offline: Offline, start: int):
-        check(offline.live, CHAINS[start : start + 4], [PROMPTS[0], PROMPTS[5], PROMPTS[6], LONG])
+        check(offline.live, REAL_CHAINS[start : start + 4], [PROMPTS[0], PROMPTS[5], PROMPTS[6], LONG])
 
     def test_coins_go_by_the_request_s_name(self, offline: Offline):
         prompt = offline.live.tokenizer(PROMPTS[0])["input_ids"]
@@ -247,7 +234,7 @@ class TestOffline:
         assert last["meta_info"]["finish_reason"]["type"] == "length"
 
     def test_traffic_that_has_to_wait_for_memory(self, offline: Offline):
-        sent = traffic(random.Random(1), offline.live.tokenizer, CHAINS[:11], 10, 24)
+        sent = traffic(random.Random(1), offline.live.tokenizer, REAL_CHAINS[:11], 10, 24)
         bodies = [
             {
                 "input_ids": prompt,
@@ -344,9 +331,9 @@ def connected(server: str, model: str) -> Live:
     return Live.connect(server, model)
 
 
-@pytest.mark.parametrize("start", range(0, len(CHAINS), 4))
+@pytest.mark.parametrize("start", range(0, len(REAL_CHAINS), 4))
 def test_the_sampler_does_what_chains_say(connected: Live, start: int):
-    check(connected, CHAINS[start : start + 4], [PROMPTS[0], PROMPTS[5], LONG])
+    check(connected, REAL_CHAINS[start : start + 4], [PROMPTS[0], PROMPTS[5], LONG])
 
 
 def test_the_plug_in_refuses_at_the_door(connected: Live, server: str):
@@ -380,7 +367,7 @@ def test_openai_s_endpoint_takes_chains(connected: Live, server: str):
 
 def test_traffic_of_requests_with_and_without_chains(connected: Live, server: str):
     rng = random.Random(2)
-    sent = traffic(rng, connected.tokenizer, CHAINS, 15, 21)
+    sent = traffic(rng, connected.tokenizer, REAL_CHAINS, 15, 21)
     plain = [
         {"input_ids": connected.tokenizer(rng.choice(PROMPTS))["input_ids"], "sampling_params": params}
         for params in [

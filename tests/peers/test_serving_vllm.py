@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from replay import VOCABULARY, law, row
+from replay import REAL_CHAINS, VOCABULARY, law, row
 
 from decal import DecalError
 from decal.serving.engine import http as ask
@@ -30,21 +30,7 @@ from decal.serving.verify import verify
 pytest.importorskip("vllm", reason="needs vLLM")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
-CHAINS = [
-    "min_p(0.1)",
-    "top_p(0.9)",
-    "top_k(20) | temperature(0.7)",
-    "temperature(1.5) | min_p(0.1)",
-    "min_p(0.1) | temperature(1.5)",
-    "temperature(1.4) | min_p(0.1) | flatten(0.7)",
-    "repetition_penalty(1.3) | top_n_sigma(1.0)",
-    "dry(0.8) | xtc(0.1, 0.5) | min_p(0.02)",
-    "mirostat(3.0)",
-    "risk_budget(0.8)",
-    "min_validity(0.3)",
-    "guided(1.0)",
-    "guided(0.5) | temperature(2)",
-]
+CHAINS = [*REAL_CHAINS, "guided(0.5) | temperature(2)"]
 PROCESSOR = "decal.serving.vllm:Processor"
 
 
