@@ -7,6 +7,7 @@ request that is paused, and several rows of a request in one step are all right.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,8 @@ from decal.samplers.chain import Chain, Seen, State, parse
 from decal.samplers.context import History
 from decal.samplers.rule import Parameter, Step
 from decal.serving.request import Request, fresh_number
+
+log = logging.getLogger(__name__)
 
 KEPT = 2**30
 """Bytes of what requests that have left the batch remember that are kept, in case they come back."""
@@ -179,6 +182,9 @@ class Group:
             None if n <= p else self._find(member, n - 1, text)
             for n, p, member, text in zip(lengths, prompts, members, before, strict=True)
         ]
+        lost = sum(place is None and n > p for place, n, p in zip(found, lengths, prompts, strict=True))
+        if lost:
+            log.warning("decal: %d requests go on without what %s remembered of their texts", lost, chain)
         device = history.tokens.device
         fresh = chain.init(len(members), device=device)
         known = [place for place in found if place is not None]
@@ -301,11 +307,12 @@ def _varies(step: Step, name: str) -> bool:
 
 
 def _digests(history: History, members: Sequence[Member]) -> list[tuple[bytes, bytes]]:
-    """Of each row, of its chain and seed with all its tokens but the last, and with all."""
+    """Of each row, of what its request asks for with all its tokens but the last, and with all."""
     found = []
     for row, length, member in zip(history.tokens.cpu().numpy(), history.length[:, 0].tolist(), members, strict=True):
         real = np.ascontiguousarray(row[len(row) - length :], dtype=np.int64)
-        digest = blake2b(f"{member.request.chain} {member.request.seed}".encode(), digest_size=16)
+        request = member.request
+        digest = blake2b(f"{request.chain} {request.seed} {request.answers}".encode(), digest_size=16)
         digest.update(real[:-1].tobytes())
         before = digest.digest()
         digest.update(real[-1:].tobytes())

@@ -35,11 +35,10 @@ from decal.samplers.guided import Guide
 from decal.samplers.presets import tokens_with
 from decal.samplers.rule import Step
 from decal.samplers.trie import Policy, TrieBuilder
-from decal.samplers.valid_set import ValidSet
 from decal.samplers.vocabulary import Vocabulary
 from decal.serving.batch import warm_up
 from decal.serving.engine import Written
-from decal.serving.request import Request, as_params, beside
+from decal.serving.request import Request, as_params, beside, valid_answers
 from decal.serving.single import Follower
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -150,7 +149,7 @@ def processor(
     """A logits processor that applies ``chain``, for one text at a time. `completion_kwargs` has what must go with it.
 
     Args:
-        seed: decal draws; see `decal.serving.request.KEYS`, as for ``answers`` and ``regex``.
+        seed: decal draws; see `decal.serving.request.KEYS`, as for ``answers``; ``regex`` is another way to give them.
         logit_bias: what is added to the logits of tokens, before the chain; -inf bans one. llama-cpp-python's own argument of
             that name drops every logits processor.
         tokenizer: for answers: the ``Llama`` object, whose vocabulary is then used, or the model's fast tokenizer of
@@ -222,10 +221,8 @@ def _given(request: Request | None, tokenizer: Any) -> Request:
     return Request(request.chain.for_answers(_guide(request.answers, tokenizer)), request.seed, request.answers)
 
 
-def _guide(answers: tuple[str, ...] | str, llama: Any) -> Guide:
+def _guide(answers: tuple[str, ...], llama: Any) -> Guide:
     """Answers in the tokens of a ``Llama`` object, as it tokenizes them itself. Raises DecalError."""
-    listed = not isinstance(answers, str)
-    valid = ValidSet.from_list(answers, "decal_answers") if listed else ValidSet.from_regex(str(answers), "decal_regex")
     eos = (llama.token_eos(),) if llama.token_eos() >= 0 else ()
     if llama not in _vocabularies:
         _vocabularies[llama] = Vocabulary(_pieces(llama))
@@ -234,7 +231,7 @@ def _guide(answers: tuple[str, ...] | str, llama: Any) -> Guide:
         return list(llama.tokenize(text.encode(), add_bos=False, special=False))
 
     builder = TrieBuilder(encode, _vocabularies[llama], eos)
-    trie, _ = builder.build(valid, Policy(ends=("<eos>",)))
+    trie, _ = builder.build(valid_answers(answers), Policy(ends=("<eos>",)))
     return Guide(trie, eos)
 
 
@@ -637,7 +634,6 @@ class Live:
                 asked["decal"],
                 seed=request.seed,
                 answers=asked.get("decal_answers"),
-                regex=asked.get("decal_regex"),
                 tokenizer=self._llama,
             )
         self._llama.drawn, self._llama.laws = [], [] if laws else None

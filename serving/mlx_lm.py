@@ -103,7 +103,7 @@ def logits_processor(
     of what it leaves, so use it with `generate_kwargs`, which has one.
 
     Args:
-        seed: decal draws; see `decal.serving.request.KEYS`, as for ``answers`` and ``regex``.
+        seed: decal draws; see `decal.serving.request.KEYS`, as for ``answers``; ``regex`` is another way to give them.
         tokenizer: for answers: mlx-lm's, or a fast one of transformers.
 
     Raises:
@@ -272,7 +272,7 @@ class Live:
         count = len(prompts)
         kwargs: dict[str, Any] = {"samplers": [_draw] * count}
         if request is not None:
-            given = {"answers": asked.get("decal_answers"), "regex": asked.get("decal_regex"), "tokenizer": self.tokenizer}
+            given = {"answers": asked.get("decal_answers"), "tokenizer": self.tokenizer}
             kwargs = batch_kwargs(asked["decal"], count, seeds=[request.seed] * count, **given)
         generator = BatchGenerator(self._model, stop_tokens=[[self.tokenizer.eos_token_id]])
         numbers = generator.insert([list(prompt) for prompt in prompts], max_tokens=[length] * count, **kwargs)

@@ -29,7 +29,6 @@ KEYS = {
     "decal": "the chain, as text such as 'temperature(1.3) | min_p(0.1)' or in its JSON form",
     "decal_seed": "a whole number: decal draws the tokens, as a function of it, the length of the text and the logits",
     "decal_answers": "the valid answers that guided follows, a list of texts",
-    "decal_regex": "the valid answers that guided follows, as a regular expression",
 }
 """Keys of a request, and what stands there."""
 
@@ -72,7 +71,7 @@ class Request:
 
     chain: Chain
     seed: int | None = None
-    answers: tuple[str, ...] | str | None = None
+    answers: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, params: Mapping[str, Any] | None) -> Request | None:
@@ -111,14 +110,20 @@ def as_params(
 ) -> dict[str, Any]:
     """The keys and values of a request for ``chain``, checked: what a client sends. See `KEYS`.
 
+    Args:
+        regex: a regular expression of the answers. It is listed here, as a pattern can be made to keep a server busy.
+
     Raises:
         DecalError: as `Request.of`.
     """
+    if regex is not None and answers is not None:
+        raise DecalError("answers and regex: give one of them")
+    if regex is not None:
+        answers = list(_bounded(ValidSet.from_regex(regex)))
     params = {
         "decal": str(chain) if isinstance(chain, Chain) else chain,
         "decal_seed": seed,
         "decal_answers": list(answers) if answers is not None and not isinstance(answers, str) else answers,
-        "decal_regex": regex,
     }
     params = {key: value for key, value in params.items() if value is not None}
     Request.of(params)
@@ -173,8 +178,8 @@ def _chain(given: Any, params: Mapping[str, Any]) -> Chain:
     for need, one in chain.missing.items():
         if need != "answers":
             raise DecalError(f"decal: {chain} reads {one.what}, which an engine doesn't give to its processors")
-        if "decal_answers" not in params and "decal_regex" not in params:
-            raise DecalError(f"decal: {chain} follows valid answers; send decal_answers or decal_regex")
+        if "decal_answers" not in params:
+            raise DecalError(f"decal: {chain} follows valid answers; send decal_answers")
     return chain
 
 
@@ -196,41 +201,36 @@ def _seed(given: Any) -> int | None:
     return int(given)
 
 
-def _answers(params: Mapping[str, Any]) -> tuple[str, ...] | str | None:
-    chain = _parsed(params["decal"])
-    texts, pattern = params.get("decal_answers"), params.get("decal_regex")
-    if texts is None and pattern is None:
+def _answers(params: Mapping[str, Any]) -> tuple[str, ...] | None:
+    chain, texts = _parsed(params["decal"]), params.get("decal_answers")
+    if texts is None:
         return None
-    key = "decal_regex" if texts is None else "decal_answers"
     if "answers" not in chain.needs:
-        raise DecalError(f"{key}: no step of {chain} follows answers; put guided(...) first")
-    if texts is not None and pattern is not None:
-        raise DecalError("decal_answers and decal_regex: send one of them")
-    if texts is not None and (not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts)):
+        raise DecalError(f"decal_answers: no step of {chain} follows answers; put guided(...) first")
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise DecalError(f"decal_answers must be a list of texts, got {texts!r}")
-    if texts is not None and sum(map(len, texts)) > MOST_CHARACTERS:
+    if sum(map(len, texts)) > MOST_CHARACTERS:
         raise DecalError(f"decal_answers may have {MOST_CHARACTERS} characters in all, got {sum(map(len, texts))}")
-    if pattern is not None and not isinstance(pattern, str):
-        raise DecalError(f"decal_regex must be a text, got {pattern!r}")
-    answers = tuple(texts) if texts is not None else str(pattern)
-    _valid(answers)
+    answers = tuple(texts)
+    valid_answers(answers)
     return answers
 
 
-@lru_cache(maxsize=256)
-def _valid(answers: tuple[str, ...] | str) -> ValidSet:
-    if isinstance(answers, str):
-        valid = ValidSet.from_regex(answers, "decal_regex")
-    else:
-        valid = ValidSet.from_list(answers, "decal_answers")
+@lru_cache(maxsize=64)
+def valid_answers(answers: tuple[str, ...]) -> ValidSet:
+    """The answers of a request. Raises DecalError if they are no valid set, or too many."""
+    return _bounded(ValidSet.from_list(answers, "decal_answers"))
+
+
+def _bounded(valid: ValidSet) -> ValidSet:
     if valid.size > MOST_ANSWERS:
         raise DecalError(f"{valid.source}: a request may have {MOST_ANSWERS} answers, got {valid.size}")
     return valid
 
 
-@lru_cache(maxsize=256)
-def _guide(answers: tuple[str, ...] | str, tokenizer: Any) -> Guide:
-    return Guide.of(_valid(answers), tokenizer)
+@lru_cache(maxsize=64)
+def _guide(answers: tuple[str, ...], tokenizer: Any) -> Guide:
+    return Guide.of(valid_answers(answers), tokenizer)
 
 
 def ending(end: int | list[int] | None) -> Request:

@@ -83,7 +83,7 @@ def request_fields(
     distribution. Needs neither SGLang nor dill; add yours to its ``sampling_params`` (``max_new_tokens``).
 
     Args:
-        seed: decal draws; see `decal.serving.request.KEYS`, as for ``answers`` and ``regex``.
+        seed: decal draws; see `decal.serving.request.KEYS`, as for ``answers``; ``regex`` is another way to give them.
 
     Raises:
         DecalError: the chain can't be run by an engine.

@@ -227,7 +227,7 @@ def _request(asked: Mapping[str, Any], tokenizer: Any) -> Request | None:
         if request is None or request.answers is None:
             return request
         if tokenizer is None:
-            raise DecalError("decal_answers and decal_regex need the tokenizer: continuous_batching(model, tokenizer)")
+            raise DecalError("decal_answers need the tokenizer: continuous_batching(model, tokenizer)")
         return request.given(tokenizer)
     if chain.per_row is not None:
         raise DecalError(f"a request has one value for each parameter, got a list of {chain.per_row} in {chain}")
@@ -343,7 +343,7 @@ def continuous_batching(
 
     Args:
         model: a causal language model of transformers, on one device.
-        tokenizer: its tokenizer, for requests with ``decal_answers`` or ``decal_regex``.
+        tokenizer: its tokenizer, for requests with ``decal_answers``.
         continuous_batching_config, workload_hints: see transformers. On a CPU its cache takes 0.6 of the free memory unless
             ``num_blocks`` and ``max_batch_tokens`` are given.
         settings: of generation (``eos_token_id``, ``suppress_tokens``, ``max_new_tokens``).

@@ -10,7 +10,8 @@ The chain alone decides the distribution of its request. Settings of vLLM that w
 min_p, penalties) are refused when the request is admitted, which over HTTP is status 400, unless they are at values that do
 nothing. A server takes such settings from the model's generation config if the request has none: start it with
 ``--generation-config vllm``, or send them. What bans or demands tokens (``logit_bias``, ``bad_words``, ``allowed_token_ids``,
-``min_tokens``, structured outputs) comes before the chain, which sees what is left.
+``min_tokens``, structured outputs) comes before the chain, which sees what is left; ``thinking_token_budget`` comes behind it,
+and is refused. vLLM's beam search makes requests of its own, without their chains.
 
 With ``decal_seed`` decal draws the tokens itself, so that they are the same in any batch and in any engine, up to what the
 logits owe to the batch. Without it vLLM draws, with its own ``seed`` if there is one.
@@ -62,7 +63,7 @@ def sampling_params(
     """``SamplingParams`` under which the chain alone decides the distribution. ``kwargs`` are added (``max_tokens=20``).
 
     Args:
-        seed: decal draws; see `decal.serving.request.KEYS`, as for ``answers`` and ``regex``.
+        seed: decal draws; see `decal.serving.request.KEYS`, as for ``answers``; ``regex`` is another way to give them.
 
     Raises:
         DecalError: the chain can't be run by an engine, or a keyword would act beside it.
@@ -103,16 +104,27 @@ class _Processor:
         self._came = 0
         # A plug-in and --logits-processors both bring the class, and a chain must not be applied twice.
         self._config_of = vllm_config
-        self._idle = _working.setdefault(id(vllm_config), self) is not self
+        _working.setdefault(id(vllm_config), self)
         warm_up(rest[0].device if self._requests is not None else rest[0])
+
+    @property
+    def _idle(self) -> bool:
+        """Whether another one applies the chains of this engine."""
+        return _working.setdefault(id(self._config_of), self) is not self
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Refuse a request that asks for something that can't be done. Raises DecalError, a ValueError."""
         request = Request.of(sampling_params.extra_args)
-        if request is not None:
-            refuse_beside(request, sampling_params)
-            request.refuse_copies(getattr(sampling_params, "n", None) or 1)
+        if request is None:
+            return
+        refuse_beside(request, sampling_params)
+        request.refuse_copies(getattr(sampling_params, "n", None) or 1)
+        if getattr(sampling_params, "thinking_token_budget", None) is not None:
+            raise DecalError(f"decal: thinking_token_budget forces tokens behind the chain {request.chain}; leave it out")
+        if request.answers is not None and getattr(sampling_params, "min_tokens", None):
+            least = sampling_params.min_tokens
+            raise DecalError(f"decal: min_tokens={least} bans the end of answers that {request.chain} follows; leave it out")
 
     def is_argmax_invariant(self) -> bool:
         """Whether greedy requests could do without; a chain may change which token is the most probable."""

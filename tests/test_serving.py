@@ -53,7 +53,7 @@ def test_a_request_is_its_chain_and_its_seed():
         ({"decal": "min_p(0.1)", "decal_seed": float("inf")}, "decal_seed must be a whole number"),
         ({"decal": "min_p(0.1)", "decal_seed": 2**63}, r"below 2\*\*63"),
         ({"decal": "min_p(0.1)", "decal_seed": "3"}, "got '3'"),
-        ({"decal": "guided(1)"}, "send decal_answers or decal_regex"),
+        ({"decal": "guided(1)"}, "send decal_answers"),
         ({"decal": "top_w(1.0)"}, "reads the model's embeddings, which an engine doesn't give"),
         ({"decal": "ensemble(0.5)"}, "reads other prompts, which an engine doesn't give"),
         ({"decal": "min_p(0.1)", "decal_answers": ["red"]}, "no step of min_p"),
@@ -61,10 +61,8 @@ def test_a_request_is_its_chain_and_its_seed():
         ({"decal": "guided(1)", "decal_answers": []}, "is empty"),
         ({"decal": "guided(1)", "decal_answers": ["red", "red"]}, "given twice"),
         ({"decal": "guided(1)", "decal_answers": ["red", 3]}, "must be a list of texts"),
-        ({"decal": "guided(1)", "decal_regex": "a*"}, "infinite"),
-        ({"decal": "guided(1)", "decal_regex": "[a-z]{3}"}, "may have 10000 answers, got 17576"),
-        ({"decal": "guided(1)", "decal_regex": 3}, "must be a text, got 3"),
-        ({"decal": "guided(1)", "decal_regex": "a", "decal_answers": ["a"]}, "send one of them"),
+        ({"decal": "guided(1)", "decal_answers": list(map(str, range(10_001)))}, "may have 10000 answers, got 10001"),
+        ({"decal": "guided(1)", "decal_regex": "a|b"}, "unknown key 'decal_regex'"),
     ],
 )
 def test_a_request_that_can_t_be_done_is_refused_by_the_name_of_its_key(params: dict[str, Any], message: str):
@@ -76,11 +74,20 @@ def test_a_client_sends_what_the_server_reads():
     chain = parse("temperature(1.3) | guided(0.5)")
     params = as_params(chain, seed=4, answers=("red", "green"))
     assert params == {"decal": str(chain), "decal_seed": 4, "decal_answers": ["red", "green"]}
-    assert set(params) | {"decal_regex"} == set(KEYS)
+    assert set(params) == set(KEYS)
     request = Request.of(params)
     assert (request.chain, request.seed, request.answers) == (chain, 4, ("red", "green"))
     with pytest.raises(DecalError, match="min_p"):
         as_params("min_p(7)")
+
+
+def test_a_regular_expression_is_listed_by_the_client():
+    assert sorted(as_params("guided(1)", regex="[ab]c?")["decal_answers"]) == ["a", "ac", "b", "bc"]
+    for regex, message in (("a*", "infinite"), ("[a-z]{3}", "may have 10000 answers, got 17576"), ("(", "regex")):
+        with pytest.raises(DecalError, match=message):
+            as_params("guided(1)", regex=regex)
+    with pytest.raises(DecalError, match="answers and regex: give one of them"):
+        as_params("guided(1)", regex="a", answers=["a"])
 
 
 def test_answers_are_in_the_tokens_of_the_engine_s_model():
@@ -399,6 +406,38 @@ def test_a_chain_is_applied_once_where_a_plug_in_brings_the_class_again():
         processor.update_state(SimpleNamespace(removed=[], added=[(0, params, [1], [])], moved=[]))
         out = processor.apply(out)
     torch.testing.assert_close(out, row([1]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "setting", "message"),
+    [
+        ({"decal": "min_p(0.1)"}, {"thinking_token_budget": 100}, "thinking_token_budget forces tokens behind the chain min_p"),
+        ({"decal": "guided(1)", "decal_answers": ["a"]}, {"min_tokens": 2}, "min_tokens=2 bans the end of answers"),
+    ],
+)
+def test_what_would_force_or_ban_tokens_against_the_chain_is_refused(
+    asked: dict[str, Any], setting: dict[str, int], message: str
+):
+    with pytest.raises(DecalError, match=message):
+        _Processor.validate_params(SimpleNamespace(extra_args=asked, **setting))
+    _Processor.validate_params(SimpleNamespace(extra_args={"decal": "min_p(0.1)"}, min_tokens=2))
+    _Processor.validate_params(SimpleNamespace(extra_args=None, **setting))
+
+
+def test_a_memory_that_is_lost_is_told(caplog: pytest.LogCaptureFixture):
+    processor = _Processor(config(), torch.device("cpu"), False)
+    params = SimpleNamespace(extra_args={"decal": "mirostat(3.0)"}, seed=1)
+    processor.update_state(SimpleNamespace(removed=[], added=[(0, params, [1], [2, 3])], moved=[]))
+    processor.apply(row([1, 2, 3]))
+    assert "1 requests go on without what mirostat(3.0, 0.1) remembered" in caplog.text
+
+
+def test_another_processor_takes_over_where_the_first_is_gone():
+    whole = config()
+    first, second = (_Processor(whole, torch.device("cpu"), False) for _ in range(2))
+    assert (first._idle, second._idle) == (False, True)
+    del first
+    assert not second._idle
 
 
 def test_several_answers_with_one_seed_are_refused():

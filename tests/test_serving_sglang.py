@@ -262,7 +262,7 @@ def test_a_token_that_is_not_told_yet_is_not_missed_or_refused(text: str, drawn:
         ({"decal": "min_p(7)"}, {}, "decal: min_p: p must be in"),
         ({"decal_seed": 3}, {}, "decal_seed without a chain"),
         ({"decal_seeds": 3}, {}, "unknown key 'decal_seeds'; did you mean decal_seed"),
-        ({"decal": "guided(1)"}, {}, "send decal_answers or decal_regex"),
+        ({"decal": "guided(1)"}, {}, "send decal_answers"),
         ({"decal": "guided(1)", "decal_answers": ["red"]}, {}, "without --skip-tokenizer-init"),
         ({"decal": "top_w(1.0)"}, {}, "reads the model's embeddings"),
         ({"decal": "min_p(0.1)"}, {"temperature": 0.7}, r"temperature=0.7 (send 1) beside the chain min_p(0.1)"),

@@ -210,7 +210,7 @@ class TestServer:
             ({"temperature": 1, "top_p": 1, "vllm_xargs": {"decal": "min_p(7)"}}, "p must be in [0, 1] (0 = off), got 7"),
             ({"temperature": 1, "top_p": 1, "vllm_xargs": {"decal": "min_p(0.1"}}, "a chain is written rule(value)"),
             ({"temperature": 1, "top_p": 1, "vllm_xargs": {"decal_seed": 3}}, "decal_seed without a chain"),
-            ({"temperature": 1, "top_p": 1, "vllm_xargs": {"decal": "guided(1)"}}, "send decal_answers or decal_regex"),
+            ({"temperature": 1, "top_p": 1, "vllm_xargs": {"decal": "guided(1)"}}, "send decal_answers"),
             # The model's own generation config.
             ({"vllm_xargs": {"decal": "min_p(0.1)"}}, "temperature=0.6 (send 1), top_p=0.95 (send 1)"),
             ({"temperature": 0, "top_p": 1, "vllm_xargs": {"decal": "min_p(0.1)"}}, "temperature=0"),
