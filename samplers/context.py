@@ -80,6 +80,12 @@ class History:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def to(self, device: torch.device) -> History:
+        """The same on another device."""
+        if self.tokens.device == device:
+            return self
+        return History(*(part.to(device) for part in (self.tokens, self.length, self.prompt, self.request)))
+
     def rows(self, index: Tensor) -> History:
         """The rows ``index``."""
         return History(self.tokens[index], self.length[index], self.prompt[index], self.request[index])

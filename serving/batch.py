@@ -246,7 +246,8 @@ def process(
     """
     for group in groups:
         sizes = length(group).to(logits.device) if group.draws else None
-        texts = history(group) if group.reads_text else None
+        # Where the logits are, so that tables over the vocabulary are made there.
+        texts = history(group).to(logits.device) if group.reads_text else None
         if len(group.rows) == len(logits):
             return group(logits, sizes, texts)
         index = group.index(logits.device)

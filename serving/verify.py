@@ -80,9 +80,11 @@ class Finding:
         differing: tokens kept by one of the two only, away from the cut.
         near: how many are so close to the cut that rounding decides.
         distance: the largest total variation between the laws of a step, on the tokens that both keep.
-        drawn: first tokens drawn for the test of frequencies; ``impossible`` of them the chain drops.
-        p: of the chi-square test; None if nothing was drawn.
+        drawn: first tokens drawn for the test of frequencies, which leaves out those on the cut; ``impossible`` of the others
+            the chain drops.
+        p: of the chi-square test; None if nothing was drawn, or all of it was as good as certain.
         seeded: tokens drawn with a seed, ``same`` of them those of the reference.
+        telling: at how many of the steps looked at the chain changes the model's law; an engine without it differs only there.
         interference: what would explain the differences.
     """
 
@@ -98,6 +100,7 @@ class Finding:
     p: float | None = None
     seeded: int = 0
     same: int = 0
+    telling: int = 0
     interference: tuple[str, ...] = ()
 
     @property
@@ -114,9 +117,14 @@ class Finding:
         return self.same >= self.seeded - self.seeded // 100
 
     @property
-    def ok(self) -> bool:
-        """Whether the engine does what the chain says."""
+    def agrees(self) -> bool:
+        """Whether nothing speaks against the engine."""
         return not self.refused and self.laws_agree and self.frequencies_agree and self.seeds_agree
+
+    @property
+    def ok(self) -> bool:
+        """Whether the engine does what the chain says, as far as that shows: somewhere the chain had something to do."""
+        return self.agrees and self.telling > 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ class Report:
 
 def describe(finding: Finding) -> str:
     """A finding in a few lines."""
-    lines = [f"{'ok  ' if finding.ok else 'FAIL'} {finding.chain}"]
+    lines = [f"{'ok  ' if finding.ok else 'none' if finding.agrees else 'FAIL'} {finding.chain}"]
     if finding.refused:
         return "\n     ".join([*lines, f"refused: {finding.refused}"])
     if finding.steps:
@@ -176,13 +184,13 @@ def describe(finding: Finding) -> str:
         )
     else:
         lines.append("kept sets: not compared, the engine doesn't tell its laws")
-    if finding.p is not None:
-        lines.append(
-            f"frequencies: {finding.drawn} draws, {finding.impossible} of tokens that the chain drops, chi-square p ="
-            f" {finding.p:.2g}"
-        )
+    if finding.drawn:
+        p = "not tested, too sure or too flat" if finding.p is None else f"p = {finding.p:.2g}"
+        lines.append(f"frequencies: {finding.drawn} draws, {finding.impossible} of tokens that the chain drops, chi-square {p}")
     if finding.seeded:
         lines.append(f"seeds: {finding.same} of {finding.seeded} tokens are those of the reference")
+    if finding.agrees and not finding.telling:
+        lines.append("nothing is shown: the chain changes nothing at any step looked at; try other prompts, or longer texts")
     return "\n     ".join([*lines, *(f"interference: {one}" for one in finding.interference)])
 
 
@@ -271,19 +279,25 @@ def _finding(
         for i, (p, one) in enumerate(zip(prompts, write(prompts, {**asked, "decal_seed": seed}, length, False), strict=True))
     ]
     found_rows = behind([one for text in texts for one in text.prefixes])
-    same = [
-        drawn == int(wanted)
-        for text in texts
-        for drawn, (_, wanted, _) in zip(text.written.tokens, _replay(chain, text, found_rows, seed, seed), strict=True)
-    ]
+    same, telling = [], sum(_apart(step.chain, step.model) > APART for step in steps)
+    for text in texts:
+        played = _replay(chain, text, found_rows, seed, seed)
+        for before, drawn, (scores, wanted, _) in zip(text.prefixes, text.written.tokens, played, strict=False):
+            same.append(drawn == int(wanted))
+            telling += _apart(scores.log_softmax(-1), found_rows[before].double().log_softmax(-1)) > APART
     frequencies = None
     if draws and "chance" not in chain.needs:
         first = write([p for p in prompts for _ in range(draws)], asked, 1, False)
         begun = [Text(i, p, Written([], None)) for i, p in enumerate(prompts)]
         found_rows = behind([tuple(p) for p in prompts])
-        laws = torch.cat([reference(chain, text, found_rows) for text in begun])
         model = torch.cat([found_rows[tuple(p)] for p in prompts]).double().log_softmax(-1)
-        frequencies = Frequencies(laws, model, _counts(first, draws))
+        begins = [next(_replay(chain, text, found_rows, 0, None)) for text in begun]
+        kept = [
+            _off_the_cut(row[None], scores.log_softmax(-1)[0], there, those)
+            for row, (scores, _, there), those in zip(model, begins, _counts(first, draws), strict=True)
+        ]
+        laws, counts = torch.stack([law for law, _ in kept]), [those for _, those in kept]
+        frequencies = Frequencies(laws, model, counts)
     found = Finding(
         str(chain),
         generations=len({step.generation for step in steps}),
@@ -291,13 +305,14 @@ def _finding(
         differing=tuple(one for step in steps for one in step.differing if not one.near),
         near=sum(one.near for step in steps for one in step.differing),
         distance=max((step.distance for step in steps), default=0.0),
-        drawn=sum(map(len, frequencies.tokens)) if frequencies else 0,
+        drawn=draws * len(prompts) if frequencies else 0,
         impossible=frequencies.impossible if frequencies else 0,
         p=frequencies.p() if frequencies else None,
         seeded=len(same),
         same=sum(same),
+        telling=telling,
     )
-    if found.ok:
+    if found.agrees:
         return found
     why = tuple(explain_laws(steps)) if not found.laws_agree else ()
     if not why and frequencies and not found.frequencies_agree:
@@ -418,13 +433,30 @@ def _differing(
     kept = ours.isfinite()
     found: list[Difference] = []
     for token in (kept != theirs.isfinite()).nonzero()[:, 0].tolist():
-        near = False
-        if len(found) < FEW:
-            moved = row.clone()
-            moved[0, token] += -NEAR if kept[token] else NEAR
-            near = bool(there(moved)[0, token].isfinite() != kept[token])
+        near = len(found) < FEW and _flips(row, token, bool(kept[token]), there)
         found.append(Difference(number, step, token, "chain" if kept[token] else "engine", near))
     return found
+
+
+def _flips(row: Tensor, token: int, kept: bool, there: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the chain decides otherwise on a token if the model's logit of it is `NEAR` away."""
+    moved = row.clone()
+    moved[0, token] += -NEAR if kept else NEAR
+    with dispatch.use("reference"):
+        return bool(there(moved)[0, token].isfinite()) != kept
+
+
+def _off_the_cut(row: Tensor, law: Tensor, there: Callable[[Tensor], Tensor], drawn: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """The chain's law and the tokens drawn, without tokens on whose side of the cut rounding decides."""
+    dropped = sorted({token for token in drawn if law[token].isneginf()})[:FEW]
+    kept = law.isfinite().nonzero()[:, 0]
+    lowest = kept[row[0, kept].argsort()][:FEW].tolist()
+    near = [token for token in dropped + lowest if _flips(row, token, bool(law[token].isfinite()), there)]
+    sure = law.clone()
+    sure[near] = -torch.inf
+    if not bool(sure.isfinite().any()):
+        return law, []
+    return sure.log_softmax(-1), [token for token in drawn if token not in near]
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
@@ -445,17 +477,19 @@ class Frequencies(NamedTuple):
     @property
     def impossible(self) -> int:
         """Draws of what the chain drops."""
-        return sum(int((self.laws[i][those].exp() < 1e-12).sum()) for i, those in enumerate(self.tokens))
+        return sum(int(self.laws[i][those].isneginf().sum()) for i, those in enumerate(self.tokens))
 
-    def p(self, laws: Tensor | None = None) -> float:
+    def p(self, laws: Tensor | None = None) -> float | None:
         """Of a chi-square test of all prompts together; tokens that are expected less than five times share a cell, if
-        need be with another."""
+        need be with another. None if every prompt has but one cell."""
         from scipy.stats import chi2
 
         statistic, freedom = 0.0, 0
         for law, those in zip(self.laws if laws is None else laws, self.tokens, strict=True):
+            if not those:
+                continue
             expected = law.exp() * len(those)
-            counts = torch.bincount(torch.tensor(those), minlength=len(law)).double()
+            counts = torch.bincount(torch.tensor(those, dtype=torch.long), minlength=len(law)).double()
             if bool((counts[expected < 1e-9] > 0).any()):
                 return 0.0
             rare = expected < 5
@@ -466,7 +500,7 @@ class Frequencies(NamedTuple):
             cells = expected > 0
             statistic += float(((counts - expected)[cells].square() / expected[cells]).sum())
             freedom += int(cells.sum()) - 1
-        return float(chi2.sf(statistic, freedom)) if freedom else 1.0
+        return float(chi2.sf(statistic, freedom)) if freedom else None
 
     def likelihood(self, laws: Tensor) -> float:
         """Log-likelihood of the draws, where a thousandth of them may be anything."""
@@ -476,7 +510,7 @@ class Frequencies(NamedTuple):
 
 def _counts(written: Sequence[Written], draws: int) -> list[list[int]]:
     if not all(one.tokens for one in written):
-        raise DecalError("the engine wrote nothing, not even an end token, behind a prompt")
+        raise Refused("the engine wrote nothing, not even an end token, behind a prompt")
     first = [one.tokens[0] for one in written]
     return [first[start : start + draws] for start in range(0, len(first), draws)]
 
@@ -603,7 +637,7 @@ def explain_frequencies(found: Frequencies) -> Iterator[str]:
         with dispatch.use("reference"):
             laws[f"a further {text} beside the chain"] = parse(text)(found.laws, check=False).log_softmax(-1)
     best = max(laws, key=lambda words: found.likelihood(laws[words]))
-    if found.p(laws[best]) >= FALSE_ALARMS and found.likelihood(laws[best]) > found.likelihood(found.laws) + 5:
+    if (found.p(laws[best]) or 0.0) >= FALSE_ALARMS and found.likelihood(laws[best]) > found.likelihood(found.laws) + 5:
         yield f"{best} (the likeliest of {len(laws)} guesses, from frequencies)"
     else:
         yield "the frequencies are those of nothing decal knows to guess"

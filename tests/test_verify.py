@@ -17,7 +17,7 @@ import decal
 from decal import DecalError
 from decal.serving.engine import Written
 from decal.serving.request import Request
-from decal.serving.verify import verify
+from decal.serving.verify import describe, verify
 
 PROMPTS = ["ab", "c", "ddd", "e f", "xyz!"]
 
@@ -34,11 +34,13 @@ class Miniature:
 
     name, version = "miniature", "1.0"
 
-    def __init__(self, before: str = "", after: str = "", drops: bool = False, tells: bool = True, blind: bool = False):
+    def __init__(
+        self, before: str = "", after: str = "", drops: bool = False, tells: bool = True, blind: bool = False, seed: int = 5
+    ):
         self.before, self.after, self.drops, self.tells, self.blind = before, after, drops, tells, blind
         self.tokenizer = byte_level()
         self.vocabulary = len(self.tokenizer)
-        self._generator = torch.Generator().manual_seed(5)
+        self._generator = torch.Generator().manual_seed(seed)
 
     def row(self, text: Sequence[int]) -> Tensor:
         return row(text, self.vocabulary)
@@ -184,8 +186,9 @@ def test_rounding_at_the_cut_is_told_apart_from_a_wrong_cut():
             return law(request, prompt, output, request.seed or 0, lambda text: z)
 
     assert one(Rounding(), "top_k(20)", draws=0).laws_agree
-    tight = one(Tight(), "min_p(0.1)", draws=0)
+    tight = one(Tight(), "min_p(0.1)", draws=400)
     assert tight.laws_agree
+    assert tight.frequencies_agree
     assert tight.near == tight.steps == 40
 
 
@@ -223,5 +226,27 @@ def test_rows_may_come_from_elsewhere():
 
 
 def test_right_engines_seldom_count_as_wrong():
-    values = [one(Miniature(tells=False), "temperature(1.2)", seed=s, draws=100, length=1).p for s in range(3)]
+    values = [one(Miniature(tells=False, seed=s), "temperature(1.2)", draws=100, length=1).p for s in range(5)]
+    assert len(set(values)) == 5
     assert all(0.001 < p < 0.999 for p in values)
+
+
+def test_where_the_chain_does_nothing_nothing_is_shown():
+    finding = one(Miniature(drops=True), "repetition_penalty(1.5)", draws=0, generations=0, length=0)
+    assert finding.agrees
+    assert not finding.ok
+    assert "nothing is shown" in describe(finding)
+    finding = one(Miniature(), "temperature(1.0)")
+    assert finding.agrees
+    assert finding.telling == 0
+    assert not finding.ok
+
+
+def test_an_engine_that_writes_nothing_is_no_right_one():
+    class Mute(Miniature):
+        def write(self, prompts: Sequence[Sequence[int]], *rest: Any) -> list[Written]:
+            return [Written([], None) for _ in prompts]
+
+    report = verify(Mute(), ["min_p(0.1)", "top_k(3)"], PROMPTS, draws=5)
+    assert ["wrote nothing" in finding.refused for finding in report.findings] == [True, True]
+    assert not verify(Mute(), ["min_p(0.1)"], PROMPTS, draws=0).ok
