@@ -36,5 +36,6 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"decal: {message}", file=sys.stderr)
+    # What servers say begins so already.
+    print(f"decal: {message.removeprefix('decal: ')}", file=sys.stderr)
     return 2

@@ -419,6 +419,7 @@ def _check_writable(folder: Path) -> None:
 
 
 ENGINES = ("vllm", "sglang", "llama_cpp", "transformers", "mlx_lm")
+"""Named after the packages that they are."""
 
 
 @cli.command()
@@ -455,35 +456,27 @@ def verify(
     drawn at every step and their probabilities, where the engine tells them; frequencies; and tokens drawn with a seed. Ends
     with exit code 1 if something differs.
     """
-    from importlib import import_module
-
     from decal.eval import models
     from decal.eval.paths import atomic_write
     from decal.serving import verify as checks
+    from decal.serving.request import as_params
 
+    asked |= {key: value for key, value in (("prompts", prompts), ("answers", answers)) if value}
     parsed = [decal.parse(chain) for chain in chains]
+    for chain in parsed:
+        as_params(chain, answers=answers or checks.ANSWERS if "answers" in chain.needs else None)
     given = dict(_setting(text) for text in settings)
     if out is not None and out.is_dir():
         raise DecalError(f"--out must be a file, {out} is a folder")
-    module = import_module(f"decal.serving.{name}")
     console = _console()
-    rows = None
-    if url is not None:
-        if not hasattr(module.Live, "connect"):
-            raise DecalError(f"{name} is no server to connect to; leave --url out")
-        if model is not None:
-            rows = checks.rows_of(models.load(model, accept_licence=accept_licence))
-        engine = module.Live.connect(url.rstrip("/"), **given)
-    else:
-        where = model or models.DEFAULT
-        find = models.gguf_file if name == "llama_cpp" else models.folder
-        engine = module.Live.start(str(find(where, accept_licence=accept_licence)), **given)
+    engine = _engine(name, model, url, given, accept_licence)
+    # A server may tell nothing but tokens.
+    rows = checks.rows_of(models.load(model, accept_licence=accept_licence)) if url and model else None
+
+    def tell(finding: Any) -> None:
+        console.print(checks.describe(finding), highlight=False, markup=False, soft_wrap=True)
+
     try:
-        asked |= {key: value for key, value in (("prompts", prompts), ("answers", answers)) if value}
-
-        def tell(finding: Any) -> None:
-            console.print(checks.describe(finding), highlight=False, markup=False, soft_wrap=True)
-
         report = checks.verify(engine, parsed, rows=rows, each=tell, **asked)
     finally:
         engine.close()
@@ -492,6 +485,30 @@ def verify(
         atomic_write(out, json.dumps(report.as_json(), indent=1, allow_nan=False))
     if not report.ok:
         sys.exit(1)
+
+
+def _engine(name: str, model: str | None, url: str | None, given: dict[str, Any], accept_licence: bool) -> Any:
+    """The ``Live`` of an engine: a server's, or one that loads the model."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    from decal.eval import models
+
+    live = import_module(f"decal.serving.{name}").Live
+    if url is not None and not hasattr(live, "connect"):
+        raise DecalError(f"{name} is no server to connect to; leave --url out")
+    if url is None and find_spec(name) is None:
+        raise DecalError(f"--engine {name} loads the model with the package {name}, which isn't installed here")
+    where = model or models.DEFAULT
+    try:
+        if url is not None:
+            return live.connect(url.rstrip("/"), **given)
+        find = models.gguf_file if name == "llama_cpp" else models.folder
+        return live.start(str(find(where, accept_licence=accept_licence)), **given)
+    except DecalError:
+        raise
+    except (TypeError, ValueError) as error:  # of the engine, about what it was given
+        raise DecalError(f"{name} refuses {where} with {given}: {str(error).splitlines()[0]}") from error
 
 
 def _setting(text: str) -> tuple[str, Any]:

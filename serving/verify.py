@@ -49,6 +49,9 @@ PROMPTS = (
 )
 """What engines are asked to continue, unless told otherwise."""
 
+ANSWERS = ("red", "green", "light green", "blue")
+"""What ``guided`` follows, unless told otherwise."""
+
 Rows = Callable[[Sequence[Sequence[int]]], Tensor]
 
 
@@ -203,7 +206,7 @@ def verify(
     length: int = 4,
     draws: int = 40,
     seed: int = 0,
-    answers: Sequence[str] = ("red", "green", "light green", "blue"),
+    answers: Sequence[str] = ANSWERS,
     rows: Rows | None = None,
     each: Callable[[Finding], None] = lambda finding: None,
 ) -> Report:
@@ -347,7 +350,7 @@ def _rows_behind(engine: Engine, rows: Rows | None, texts: Sequence[tuple[int, .
         return {}
     own = (rows or engine.rows)(distinct)
     if own is None:
-        raise DecalError(f"{engine.name} doesn't tell what its model gives; pass rows= that does, of the same model")
+        raise DecalError(f"{engine.name} doesn't tell what its model gives; pass rows= that does, of the same model (--model)")
     return {text: own[i : i + 1] for i, text in enumerate(distinct)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import importlib.util
 import json
 import math
 import re
@@ -449,3 +450,54 @@ def test_the_installed_command() -> None:
     command = [sys.executable, "-c", "from decal.eval.cli import main; main()", "explain", "epsilom(0.9)"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert_refused(Result(done.returncode, done.stdout, done.stderr), "unknown rule 'epsilom'; did you mean epsilon?")
+
+
+# ---- verify
+
+
+def test_verify_asks_an_engine(run: Run, model: Path, tmp_path: Path):
+    out = tmp_path / "report.json"
+    asked = ["verify", "--engine", "transformers", "--model", model, "--generations", 4, "--length", 2, "--draws", 20]
+    done = run(*asked, "--chain", "temperature(1.5) | top_k(9)", "--chain", "mirostat(2.0)", "--prompt", "Day:", "--out", out)
+    assert done.code == 0, done.err
+    assert done.out.count("ok  ") == 2
+    report = json.loads(out.read_text())
+    assert report["ok"]
+    assert [finding["steps"] > 0 and finding["seeded"] > 0 for finding in report["findings"]] == [True, True]
+
+
+def test_verify_ends_with_1_where_an_engine_interferes(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch):
+    from decal.samplers import generate
+
+    monkeypatch.setitem(generate.NEUTRAL, "top_k", 3)  # left over
+    asked = ["verify", "--engine", "transformers", "--model", model, "--generations", 9, "--draws", 0, "--prompt", "Day:"]
+    done = run(*asked, "--chain", "temperature(2)")
+    assert done.code == 1
+    assert "a further cut beside the chain: top_k(3)" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "vllm"], "the package vllm, which isn't installed here"),
+        (["--engine", "mlx_lm"], "the package mlx_lm, which isn't installed here"),
+        (["--engine", "transformers", "--url", "http://localhost:1"], "transformers is no server to connect to"),
+        (["--engine", "vllm", "--url", "http://localhost:1"], "http://localhost:1/v1/models could not be asked"),
+        (["--engine", "transformers", "--set", "foo"], "--set takes name=value"),
+        (["--engine", "transformers", "--set", "foo=3"], "transformers refuses"),
+        (["--engine", "transformers", "--set", "batching=paged"], "batching must be generate or continuous, got 'paged'"),
+        (["--engine", "transformers", "--out", "."], "--out must be a file"),
+        (["--engine", "transformers", "--chain", "top_w(1)"], "reads the model's embeddings"),
+        (["--engine", "transformers", "--chain", "guided(1)", "--answer", ""], "answer 1 must be a non-empty string"),
+        (["--engine", "transformers", "--chain", "min_p(7)"], "p must be in"),
+    ],
+)
+def test_verify_refuses_in_one_line(run: Run, model: Path, arguments: list[str], message: str):
+    if arguments[1] in ("vllm", "mlx_lm") and "--url" not in arguments and importlib.util.find_spec(arguments[1]):
+        pytest.skip(f"{arguments[1]} is here")
+    done = run("verify", "--chain", "min_p(0.1)", *([] if "--url" in arguments else ["--model", model]), *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.strip().splitlines()[-1].startswith("decal: ")
+    assert "Traceback" not in done.err
+    assert "decal: decal:" not in done.err
