@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class Place(NamedTuple):
         return sum(z.nbytes for z in self.seen.rows.values())
 
 
+M = TypeVar("M", bound="Member")
+
+
 @dataclass(eq=False)
 class Member:
     """A request in an engine's batch.
@@ -57,7 +60,7 @@ class Member:
     places: dict[int, Place] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: Request, seed: int | None = None) -> Member:
+    def of(cls: type[M], request: Request, seed: int | None = None) -> M:
         """For a request that has entered the batch. ``seed`` is the engine's own, if it has one."""
         number = next((n for n in (request.seed, seed) if n is not None), None)
         # An engine's seed may be larger than what a tensor holds.

@@ -102,7 +102,9 @@ class Request:
     def refuse_copies(self, count: int) -> None:
         """Raise DecalError if several answers are wanted that would be the same."""
         if self.seed is not None and count > 1:
-            raise DecalError(f"decal_seed: {count} answers with one seed are one answer; send a request for each, with its own")
+            raise DecalError(
+                f"decal_seed: n={count} texts with one seed would be the same; send requests with seeds of their own"
+            )
 
 
 def as_params(

@@ -104,10 +104,7 @@ def refuse(request: Request, settings: Any) -> None:
     except DecalError as error:
         # What SGLang makes of a temperature of 0.
         raise DecalError(f"{error} A temperature of 0 is a top_k of 1 to SGLang.") if get("top_k") == 1 else error from None
-    if request.seed is not None and (get("n") or 1) > 1:
-        raise DecalError(
-            f"decal_seed: n={get('n')} texts with one seed would be the same; send requests with seeds of their own"
-        )
+    request.refuse_copies(get("n") or 1)
 
 
 def register(backend: str = "decal", *, others: bool = False) -> None:
@@ -215,8 +212,8 @@ def _member(asked: Any, params: Mapping[str, Any]) -> _Member | None:
                 raise DecalError(f"decal: {request.chain} needs the tokenizer; start SGLang without --skip-tokenizer-init")
             # Every process of a tensor-parallel server must toss the same coins.
             own = int.from_bytes(blake2b(asked.rid.encode(), digest_size=8).digest(), "little") >> 1
-            asks = request.given(asked.tokenizer)
-            member = _Member(asks, next(n for n in (asks.seed, asked.sampling_params.sampling_seed, own) if n is not None))
+            seed = asked.sampling_params.sampling_seed
+            member = _Member.of(request.given(asked.tokenizer), own if seed is None else seed)
     except DecalError as error:
         _end(asked, str(error))
     except Exception as error:

@@ -442,7 +442,7 @@ def test_another_processor_takes_over_where_the_first_is_gone():
 
 def test_several_answers_with_one_seed_are_refused():
     params = SimpleNamespace(extra_args={"decal": "min_p(0.1)", "decal_seed": 3}, n=4, seed=None)
-    with pytest.raises(DecalError, match="4 answers with one seed are one answer"):
+    with pytest.raises(DecalError, match="n=4 texts with one seed would be the same"):
         _Processor.validate_params(params)
     params.n = 1
     _Processor.validate_params(params)

@@ -285,6 +285,13 @@ def test_a_bad_request_ends_alone(asked: dict[str, Any], sampling: dict[str, Any
         assert (bad.to_finish.status_code, bad.to_finish.err_type) == (HTTPStatus.BAD_REQUEST, "BadRequestError")
 
 
+def test_a_seed_of_the_engine_may_be_large():
+    one = Asked("large", array("q", [1]), {"decal": "xtc(0.05, 0.5)"}, settings(sampling_seed=2**64 - 1))
+    one.kv.kv_committed_len = 1
+    out = adapter.Processor()(row([1]), [one.params])
+    torch.testing.assert_close(out, law(one.request, [1], [], -1), rtol=0, atol=0)
+
+
 def test_guided_follows_the_answers_in_the_engine_s_tokens():
     tokenizer = byte_level(["red green"])
     asked = {"decal": "guided(1)", "decal_answers": ["red", "green"], "decal_seed": 1}
