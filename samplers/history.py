@@ -159,16 +159,9 @@ def _match_lengths(
         return table
     broken = torch.isin(tokens, torch.tensor(breakers, dtype=tokens.dtype, device=tokens.device))
     # Place e stands for a repetition that ends there, and the token at e + 1 would prolong it.
-    reach = torch.zeros(rows, size, dtype=table.dtype, device=tokens.device)
-    running = inside & ~broken
-    for back in range(size if most is None else min(most, size)):
-        earlier = torch.roll(tokens, back, 1) == tokens[:, size - 1 - back, None]
-        earlier &= torch.roll(running, back, 1) & (torch.arange(size, device=tokens.device) >= back)
-        open_ = earlier & (reach == back) & (running[:, size - 1 - back] & inside[:, size - 1 - back])[:, None]
-        open_[:, -1] = False
-        if not open_.any():
-            break
-        reach += open_
+    place = torch.arange(size, device=tokens.device)
+    own = torch.iinfo(torch.long).min + place
+    reach = _common_ends(torch.where(inside & ~broken, tokens.long(), own), most).to(table)
     follows = torch.roll(tokens, -1, 1)
     known = inside & torch.roll(inside & ~broken, -1, 1) & (follows >= 0) & (follows < vocabulary)
     known[:, -1] = False
@@ -177,6 +170,52 @@ def _match_lengths(
     first = (history.age == history.within(window).sum(-1, keepdim=True) - 1) & inside & ~broken
     start = torch.where(first & (tokens >= 0) & (tokens < vocabulary), 0.0, -1.0)
     return table.scatter_reduce_(1, tokens.clamp(0, vocabulary - 1), start.to(table), "amax")
+
+
+SHORT = 16
+"""Repetitions up to this length are followed token by token; few texts have longer ones."""
+
+
+def _common_ends(tokens: Tensor, most: int | None) -> Tensor:
+    """(B, L) how many tokens before each place of a row, that one included, are those at the end of the row.
+
+    Lengths beyond ``most`` are not told apart from it. The last place counts as 0.
+    """
+    size = tokens.shape[1]
+    most = size if most is None else min(most, size)
+    reach = torch.zeros_like(tokens)
+    place = torch.arange(size, device=tokens.device)
+    for back in range(min(most, SHORT)):
+        longer = (reach == back) & (place >= back) & (torch.roll(tokens, back, 1) == tokens[:, size - 1 - back, None])
+        longer[:, -1] = False
+        if not longer.any():
+            return reach
+        reach += longer
+    if most > SHORT:
+        (long,) = torch.nonzero((reach == SHORT).any(-1), as_tuple=True)
+        if len(long):
+            reach[long] = _common_ends_by_doubling(tokens[long]).clamp(max=most)
+    return reach
+
+
+def _common_ends_by_doubling(tokens: Tensor) -> Tensor:
+    """`_common_ends`, in time L log(L)^2 whatever the text: what ends at each place in 1, 2, 4, ... tokens gets a number."""
+    size = tokens.shape[1]
+    place = torch.arange(size, device=tokens.device)
+    numbers = [tokens]
+    while 2 ** len(numbers) < size:
+        half = 2 ** (len(numbers) - 1)
+        named = numbers[-1].unique(return_inverse=True)[1]
+        both = named * named.numel() + torch.roll(named, half, 1)
+        # Too near to the start to end anything so long: such a place is like no other.
+        numbers.append(torch.where(place >= 2 * half - 1, both, -1 - place))
+    reach = torch.zeros_like(tokens)
+    for power in reversed(range(len(numbers))):
+        here, end = place - reach, size - 1 - reach
+        same = numbers[power].gather(1, here.clamp(min=0)) == numbers[power].gather(1, end.clamp(min=0))
+        reach += torch.where(same & (here >= 0), 2**power, 0)
+    reach[:, -1] = 0
+    return reach
 
 
 @rule(paper="github.com/oobabooga/text-generation-webui/pull/6335", side="before")

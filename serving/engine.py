@@ -32,11 +32,13 @@ class Engine(Protocol):
     Attributes:
         name, version: of the engine.
         tokenizer: of its model, a fast one of transformers.
+        takes_seeds: whether decal draws there for a request with ``decal_seed``.
     """
 
     name: str
     version: str
     tokenizer: Any
+    takes_seeds: bool
 
     def rows(self, texts: Sequence[Sequence[int]]) -> Tensor | None:
         """(texts, V) logits of the model behind each text, up to a constant of the row, before anything is done to them.

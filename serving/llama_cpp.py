@@ -22,6 +22,7 @@ import ctypes
 import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -37,7 +38,7 @@ from decal.samplers.rule import Step
 from decal.samplers.trie import Policy, TrieBuilder
 from decal.samplers.vocabulary import Vocabulary
 from decal.serving.batch import warm_up
-from decal.serving.engine import Written
+from decal.serving.engine import Written, http
 from decal.serving.request import Request, as_params, beside, valid_answers
 from decal.serving.single import Follower
 
@@ -577,6 +578,7 @@ class Live:
     """
 
     name = "llama.cpp, through llama-cpp-python"
+    takes_seeds = True
 
     def __init__(self, llama: Any, tokenizer: Any, version: str):
         self._llama, self.tokenizer, self.version = llama, tokenizer, version
@@ -596,6 +598,18 @@ class Live:
         except ValueError as error:
             raise DecalError(f"llama.cpp can't load {model}: {error}") from error
         return cls(llama, _tokenizer(str(model), tokenizer), str(lib.__version__))
+
+    @staticmethod
+    def connect(url: str, *, tokenizer: Any = None) -> Server:
+        """To a server of llama.cpp at ``url``; see `Server`.
+
+        Args:
+            tokenizer: as in `start`; read from the server's own GGUF file, which must be on this machine, if not given.
+
+        Raises:
+            DecalError: there is no server, or its file isn't here.
+        """
+        return Server(url.rstrip("/"), tokenizer)
 
     def rows(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """(texts, V) the model's logits behind each text: those it last drew from there, or else with the text as a prompt.
@@ -647,8 +661,91 @@ class Live:
         return Written(drawn, torch.stack(found[: len(drawn)]) if laws and drawn else None)
 
 
+class Server:
+    """A running server of llama.cpp, as `decal.serving.engine.Engine`, which does chains with samplers of its own.
+
+    It tells either what it drew from or what its model gave, so every text is written twice, with one seed. Texts are written
+    one after another: in a batch of others they would get other logits.
+    """
+
+    name = "llama.cpp, its server"
+    takes_seeds = False
+
+    def __init__(self, url: str, tokenizer: Any = None):
+        props, served = http(f"{url}/props"), http(f"{url}/v1/models")
+        try:
+            model, self.version = str(props["model_path"]), str(props["build_info"])
+            self._context = int(props["default_generation_settings"]["n_ctx"])
+            self._vocabulary = int(served["data"][0]["meta"]["n_vocab"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise DecalError(f"{url} is no server of llama.cpp with a model: it doesn't tell {error}") from error
+        if tokenizer is None and not Path(model).is_file():
+            raise DecalError(f"the server's model {model} isn't on this machine; name its tokenizer with tokenizer=")
+        self._url, self.tokenizer = url, _tokenizer(model, tokenizer)
+        self._seen: dict[tuple[int, ...], Tensor] = {}
+        self._report: dict[str, None] = {}
+
+    def rows(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """(texts, V) log-probabilities of the model behind each text: those last drawn from there, or else of the text as a
+        prompt."""
+        return torch.stack([self._row(tuple(text)) for text in texts])
+
+    def _row(self, text: tuple[int, ...]) -> Tensor:
+        if text not in self._seen:
+            self._seen[text] = self._ask(text, {"samplers": [], **_OFF}, 1, laws="logprob")[1][0]
+        return self._seen[text]
+
+    def notes(self) -> list[str]:
+        """What its samplers are known to do differently from the chains that it was asked about."""
+        return list(self._report)
+
+    def close(self) -> None:
+        """It goes on running."""
+
+    def write(self, prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
+        """Continue every prompt by at most ``length`` tokens; see `decal.serving.engine.Engine`."""
+        if "decal_seed" in asked:
+            raise DecalError("a server of llama.cpp draws itself; it knows no decal_seed")
+        fields = {"samplers": [], **_OFF}
+        if asked:
+            chain = parse(asked["decal"])
+            if not all(step.ignores_shift for step in chain.steps):
+                raise DecalError(f"{chain} depends on a constant of the logits, which a server of llama.cpp doesn't tell")
+            fields, report = request_fields(asked["decal"], tokenizer=self.tokenizer, context=self._context)
+            self._report |= dict.fromkeys(report)
+        if laws:
+            self._seen.clear()
+        return [self._write(tuple(prompt), {**fields, "seed": seed}, length, laws) for seed, prompt in enumerate(prompts)]
+
+    def _write(self, prompt: tuple[int, ...], fields: dict[str, Any], length: int, laws: bool) -> Written:
+        if not laws:
+            return Written(self._ask(prompt, fields, length)[0], None)
+        tokens, found = self._ask(prompt, fields, length, laws="prob")
+        again, rows = self._ask(prompt, fields, length, laws="logprob")
+        if again != tokens:
+            raise DecalError(f"the server wrote {tokens} and then {again} with one seed; is it busy with other requests?")
+        self._seen |= {(*prompt, *tokens[:size]): row for size, row in enumerate(rows)}
+        return Written(tokens, torch.stack(found) if found else None)
+
+    def _ask(
+        self, prompt: tuple[int, ...], fields: Mapping[str, Any], length: int, laws: str = ""
+    ) -> tuple[list[int], list[Tensor]]:
+        """New tokens, and log-probabilities (V,) for each: of the model ("logprob"), or what was drawn from ("prob")."""
+        body = {"prompt": list(prompt), **fields, "n_predict": length, "return_tokens": True, "cache_prompt": False}
+        if laws:
+            body |= {"n_probs": self._vocabulary, "post_sampling_probs": laws == "prob"}
+        told = http(f"{self._url}/completion", body)
+        found = []
+        for step in told.get("completion_probabilities", ()):
+            those = step[f"top_{laws}s"]
+            values = torch.tensor([one[laws] for one in those], dtype=torch.float64)
+            row = torch.full((self._vocabulary,), -torch.inf, dtype=torch.float64)
+            row[torch.tensor([one["id"] for one in those])] = values.log() if laws == "prob" else values
+            found.append(row)
+        return [int(token) for token in told["tokens"]], found
+
+
 def _tokenizer(model: str, given: Any) -> Any:
-    from pathlib import Path
 
     from transformers import AutoTokenizer
 

@@ -233,9 +233,11 @@ class Live:
     """A model in mlx-lm, as `decal.serving.engine.Engine`: all prompts in one ``BatchGenerator``, which tells its laws."""
 
     name = "mlx-lm"
+    takes_seeds = True
 
     def __init__(self, model: Any, tokenizer: Any, version: str):
         self._model, self.tokenizer, self.version = model, tokenizer, version
+        self._seen: dict[tuple[int, ...], Tensor] = {}
 
     @classmethod
     def start(cls, model: str, *, compile: bool = False) -> Live:
@@ -254,8 +256,17 @@ class Live:
         return cls(loaded, tokenizer._tokenizer, str(mlx_lm.__version__))
 
     def rows(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """(texts, V) the model's logits behind each text, evaluated as a prompt."""
-        return torch.cat([_torch(self._model(_mlx().array([list(text)]))[:, -1]) for text in texts])
+        """(texts, V) the model's logits behind each text: those last drawn from there, or else with the text as a prompt."""
+        return torch.cat([self._row(tuple(text)) for text in texts])
+
+    def _row(self, text: tuple[int, ...]) -> Tensor:
+        if text not in self._seen:
+            self._seen[text] = _torch(self._model(_mlx().array([text]))[:, -1])
+        return self._seen[text]
+
+    def _see(self, tokens: Any, logits: Any) -> Any:
+        self._seen[tuple(np.array(tokens).tolist())] = _torch(logits)
+        return logits
 
     def notes(self) -> list[str]:
         """See `decal.serving.engine.Engine`."""
@@ -270,10 +281,13 @@ class Live:
 
         request = Request.of(asked)
         count = len(prompts)
-        kwargs: dict[str, Any] = {"samplers": [_draw] * count}
+        kwargs: dict[str, Any] = {"samplers": [_draw] * count, "logits_processors": [[] for _ in prompts]}
         if request is not None:
             given = {"answers": asked.get("decal_answers"), "tokenizer": self.tokenizer}
             kwargs = batch_kwargs(asked["decal"], count, seeds=[request.seed] * count, **given)
+        if laws:
+            self._seen.clear()
+            kwargs["logits_processors"] = [[self._see, *those] for those in kwargs["logits_processors"]]
         generator = BatchGenerator(self._model, stop_tokens=[[self.tokenizer.eos_token_id]])
         numbers = generator.insert([list(prompt) for prompt in prompts], max_tokens=[length] * count, **kwargs)
         tokens: dict[int, list[int]] = {number: [] for number in numbers}

@@ -385,6 +385,7 @@ class Live:
     """A running SGLang, for `decal.serving.verify`."""
 
     name = "sglang"
+    takes_seeds = True
 
     def __init__(
         self,

