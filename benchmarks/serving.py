@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from decal.eval import models
 from decal.eval.commands import ENGINES
@@ -70,11 +71,18 @@ def _keep(engine: str, **found: Any) -> None:
     atomic_write(RESULTS, json.dumps(kept, indent=1, allow_nan=False) + "\n")
 
 
-def _started(engine: str, **settings: Any) -> Any:
+def _started(engine: str, url: str | None = None, **settings: Any) -> Any:
+    if url is not None:
+        return import_module(f"decal.serving.{engine}").Live.connect(url, **settings)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     find = models.gguf_file if engine == "llama_cpp" else models.folder
     if engine == "vllm":
         settings = {"dtype": "float32", "max_model_len": 512} | settings
+    if engine == "sglang":
+        asked = {"max_running_requests": max(BATCHES), "max_total_tokens": 8192, "random_seed": 1}
+        settings = {"dtype": "float32", **asked} | settings
+        if not torch.cuda.is_available():
+            settings |= {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
     return import_module(f"decal.serving.{engine}").Live.start(str(find(models.DEFAULT)), **settings)
 
 
@@ -82,16 +90,21 @@ def _started(engine: str, **settings: Any) -> Any:
 @click.argument("engine", type=click.Choice(ENGINES))
 @click.option("--generations", default=50, show_default=True)
 @click.option("--draws", default=40, show_default=True, help="First tokens drawn behind each of ten prompts.")
+@click.option("--url", default=None, help="Of a running server, to ask that.")
 @click.option("--batching", default=None, help="Of transformers: generate or continuous.")
-def verify(engine: str, generations: int, draws: int, batching: str | None) -> None:
+def verify(engine: str, generations: int, draws: int, url: str | None, batching: str | None) -> None:
     """Ask an engine about all chains."""
-    live = _started(engine, **({"batching": batching} if batching else {}))
+    live = _started(engine, url, **({"batching": batching} if batching else {}))
     try:
         report = ask(live, CHAINS.values(), generations=generations, draws=draws, each=lambda finding: click.echo(str(finding)))
     finally:
         live.close()
     told = report.as_json()
-    _keep(engine + (f" {batching}" if batching else ""), verify=told, python=platform.python_version())
+    _keep(
+        " ".join([engine, *(["server"] if url else []), *([batching] if batching else [])]),
+        verify=told,
+        python=platform.python_version(),
+    )
     click.echo(f"{report.engine} {report.version}: {'ok' if report.ok else 'FAILED'}")
     sys.exit(not report.ok)
 
@@ -121,10 +134,57 @@ def _transformers(live: Any) -> tuple[Callable[[int], None], Callable[[int], Non
     return lambda count: run(count, do_sample=True, **NATIVE), lambda count: run(count, **chain.generate_kwargs())
 
 
+def _sglang(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    from decal.serving.sglang import request_fields
+
+    prompt = list(live.tokenizer("Once upon a time")["input_ids"])
+    size = {"max_new_tokens": LENGTH, "ignore_eos": True}
+
+    def run(count: int, sampling_params: Any, **fields: Any) -> None:
+        live._ask({"input_ids": [prompt] * count, "sampling_params": {**sampling_params, **size}, **fields})
+
+    return lambda count: run(count, NATIVE), lambda count: run(count, **request_fields(CHAIN))
+
+
+def _llama_cpp(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    from decal.serving.llama_cpp import NEUTRAL, completion_kwargs
+
+    def run(**kwargs: Any) -> None:
+        live._llama.reset()
+        live._llama.create_completion("Once upon a time", max_tokens=LENGTH, **kwargs)
+
+    off = {name: values[0] for name, values in NEUTRAL.items()}
+    return lambda _: run(**{**off, **NATIVE}), lambda _: run(**completion_kwargs(CHAIN))
+
+
+def _mlx_lm(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    from mlx_lm.generate import BatchGenerator
+    from mlx_lm.sample_utils import make_sampler
+
+    from decal.serving.mlx_lm import batch_kwargs
+
+    prompt = live.tokenizer("Once upon a time")["input_ids"]
+    sampler = make_sampler(NATIVE["temperature"], NATIVE["top_p"], NATIVE["min_p"], top_k=int(NATIVE["top_k"]))
+
+    def run(count: int, **kwargs: Any) -> None:
+        generator = BatchGenerator(live._model)
+        generator.insert([prompt] * count, max_tokens=[LENGTH] * count, **kwargs)
+        while generator.next_generated():
+            pass
+        generator.close()
+
+    return lambda count: run(count, samplers=[sampler] * count), lambda count: run(count, **batch_kwargs(CHAIN, count))
+
+
 MEASURED: dict[str, Callable[[Any], tuple[Callable[[int], None], Callable[[int], None]]]] = {
     "vllm": _vllm,
     "transformers": _transformers,
+    "sglang": _sglang,
+    "llama_cpp": _llama_cpp,
+    "mlx_lm": _mlx_lm,
 }
+LESS = {"llama_cpp": ((1,), "one text at a time"), "mlx_lm": ((1, 16), "not measured, a step takes seconds")}
+"""Batches of engines that aren't measured at all, and why."""
 
 
 @cli.command()
@@ -135,7 +195,7 @@ def overhead(engine: str) -> None:
     found = []
     try:
         native, ours = MEASURED[engine](live)
-        for count in BATCHES:
+        for count in LESS.get(engine, (BATCHES,))[0]:
             times: dict[str, list[float]] = {"native": [], "decal": []}
             for _ in range(ROUNDS + 1):  # the first warms up
                 for name, run in (("native", native), ("decal", ours)):
@@ -144,8 +204,8 @@ def overhead(engine: str) -> None:
                     times[name].append((time.perf_counter() - start) / LENGTH)
             medians = {name: statistics.median(values[1:]) for name, values in times.items()}
             ratios = [d / n for d, n in zip(times["decal"][1:], times["native"][1:], strict=True)]
-            low, *_, high = sorted(ratios)
-            one = {"batch": count, **medians, "ratio": statistics.median(ratios), "lowest": low, "highest": high}
+            spread = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+            one = {"batch": count, **medians, **spread}
             click.echo(json.dumps(one))
             found.append(one)
     finally:
@@ -182,9 +242,11 @@ def _cell(found: dict[str, Any], chain: str) -> str:
         return "not asked"
     if one["refused"]:
         return "refused"
+    if not (one["steps"] or one["seeded"]):
+        return "not compared, its coins are its own"
     steps = f"{one['steps']} steps" if one["steps"] else "seeds alone"
-    seeds = f"{one['same']}/{one['seeded']} seeded"
-    return f"{'yes' if one['ok'] else '**no**'}: {steps}, {seeds}"
+    seeds = f", {one['same']}/{one['seeded']} seeded" if one["seeded"] else ""
+    return f"{'yes' if one['ok'] else '**no**'}: {steps}{seeds}"
 
 
 def _overhead(kept: dict[str, Any]) -> str:
@@ -193,7 +255,7 @@ def _overhead(kept: dict[str, Any]) -> str:
     for name, found in kept.items():
         if "overhead" in found:
             steps = {one["batch"]: one for one in found["overhead"]["steps"]}
-            cells = [_timed(steps[count]) if count in steps else "one text at a time" for count in BATCHES]
+            cells = [_timed(steps[count]) if count in steps else LESS[name][1] for count in BATCHES]
             lines.append([name, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

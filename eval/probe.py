@@ -102,6 +102,10 @@ class Plan:
             given = getattr(self, name)
             if given is not None and given < low:
                 raise DecalError(f"{name} must be at least {low}, got {given}")
+        if self.completions is None and self.sampler != Plan.sampler:
+            raise DecalError(
+                f"{self.sampler} would draw completions, but without a number of completions there is one, greedily; give both"
+            )
         if self.share is not None and not 0 < self.share <= 1:
             raise DecalError(f"share must be in (0, 1], got {self.share:g}")
         if not self.ranks or list(self.ranks) != sorted({r for r in self.ranks if r >= 1}):

@@ -287,7 +287,7 @@ class Live:
             kwargs = batch_kwargs(asked["decal"], count, seeds=[request.seed] * count, **given)
         if laws:
             self._seen.clear()
-            kwargs["logits_processors"] = [[self._see, *those] for those in kwargs["logits_processors"]]
+        kwargs["logits_processors"] = [[self._see, *those] for those in kwargs["logits_processors"]]
         generator = BatchGenerator(self._model, stop_tokens=[[self.tokenizer.eos_token_id]])
         numbers = generator.insert([list(prompt) for prompt in prompts], max_tokens=[length] * count, **kwargs)
         tokens: dict[int, list[int]] = {number: [] for number in numbers}

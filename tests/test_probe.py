@@ -109,6 +109,7 @@ def test_bad_ranks(text: str) -> None:
         ({"ranks": (2, 1)}, "ranks must be"),
         ({"ranks": (0, 1)}, "ranks must be"),
         ({"stop": ("",)}, "must not be empty"),
+        ({"sampler": "min_p(0.1)"}, "without a number of completions there is one"),
         ({"completions": 2, "sampler": "no_such_rule(1)"}, "no_such_rule"),
         ({"completions": 2, "sampler": "presence_penalty(1)"}, "may read the current row alone"),
         ({"completions": 2, "sampler": "mirostat"}, "may read the current row alone"),
