@@ -293,6 +293,8 @@ _OFF: Mapping[str, Any] = {
     "adaptive_target": -1.0,
     "mirostat": 0,
     "min_keep": 0,
+    "ignore_eos": False,
+    "logit_bias": [],
 }
 """Every sampler at the value that switches it off: what a server of its own, or a GGUF file, has by default doesn't matter."""
 
@@ -677,7 +679,7 @@ class Server:
             model, self.version = str(props["model_path"]), str(props["build_info"])
             self._context = int(props["default_generation_settings"]["n_ctx"])
             self._vocabulary = int(served["data"][0]["meta"]["n_vocab"])
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise DecalError(f"{url} is no server of llama.cpp with a model: it doesn't tell {error}") from error
         if tokenizer is None and not Path(model).is_file():
             raise DecalError(f"the server's model {model} isn't on this machine; name its tokenizer with tokenizer=")
@@ -735,14 +737,20 @@ class Server:
         if laws:
             body |= {"n_probs": self._vocabulary, "post_sampling_probs": laws == "prob"}
         told = http(f"{self._url}/completion", body)
-        found = []
-        for step in told.get("completion_probabilities", ()):
-            those = step[f"top_{laws}s"]
-            values = torch.tensor([one[laws] for one in those], dtype=torch.float64)
-            row = torch.full((self._vocabulary,), -torch.inf, dtype=torch.float64)
-            row[torch.tensor([one["id"] for one in those])] = values.log() if laws == "prob" else values
-            found.append(row)
-        return [int(token) for token in told["tokens"]], found
+        try:
+            tokens = [int(token) for token in told["tokens"]]
+            found = [self._law(step[f"top_{laws}s"], laws) for step in told["completion_probabilities"]] if laws else []
+        except (KeyError, IndexError, TypeError) as error:
+            raise DecalError(f"{self._url}/completion answered what no server of llama.cpp does: {error!r}") from error
+        if laws and len(found) != len(tokens):
+            raise DecalError(f"{self._url}/completion told of {len(found)} laws for {len(tokens)} tokens")
+        return tokens, found
+
+    def _law(self, told: Sequence[Mapping[str, Any]], kind: str) -> Tensor:
+        values = torch.tensor([one[kind] for one in told], dtype=torch.float64)
+        law = torch.full((self._vocabulary,), -torch.inf, dtype=torch.float64)
+        law[torch.tensor([one["id"] for one in told], dtype=torch.long)] = values.log() if kind == "prob" else values
+        return law
 
 
 def _tokenizer(model: str, given: Any) -> Any:

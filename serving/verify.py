@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +22,19 @@ from decal.kernels import dispatch
 from decal.samplers.chain import Chain, parse
 from decal.samplers.context import History
 from decal.samplers.errors import DecalError
+from decal.samplers.rule import Step as RuleStep
 from decal.serving.engine import Engine, Written
 from decal.serving.request import Request, as_params
 
 NEAR = 1e-2
 """Nats within which a token counts as on the cut: engines round differently from one step, or batch, to the next."""
 LOST = 2e-4
-"""Mass of the least probable tokens that may be lost in a sum: terms too small for a float32 change it by nothing."""
+"""Share that a sum of probabilities may lose: terms too small for a float32 change it by nothing. A mass to reach is reached so
+much too early."""
+MASSES = {"top_p": "p", "typical": "p"}
+"""Parameters that are a mass to reach, of rules that engines have themselves."""
+TINY = -87.0
+"""Log-probability from which on a float32 probability is 0, or nearly: such a token may count as dropped."""
 FEW = 50
 """Tokens of a step that are looked at so closely; where more differ, rounding isn't why."""
 APART = 5e-3
@@ -64,8 +69,8 @@ class Difference(NamedTuple):
         generation, step: where, counted from 0.
         token: its id.
         kept_by: ``engine`` or ``chain``.
-        near: whether rounding explains it: the chain would agree if the model's logit of the token were `NEAR` away, or `LOST`
-            of the probability weren't counted.
+        near: whether rounding explains it: the chain would agree if the model's logit of the token were `NEAR` away, or if a
+            mass to reach were smaller by the share `LOST`.
     """
 
     generation: int
@@ -189,13 +194,15 @@ def describe(finding: Finding) -> str:
             f" ({finding.near} more within rounding of the cut); laws at most {finding.distance:.1e} apart in total variation"
         )
     else:
-        lines.append("kept sets: not compared, the engine doesn't tell its laws")
+        lines.append("kept sets: not compared, the engine doesn't tell its laws, or the chain's coins are its own")
     if finding.drawn:
         p = "not tested, too sure or too flat" if finding.p is None else f"p = {finding.p:.2g}"
         lines.append(f"frequencies: {finding.drawn} draws, {finding.impossible} of tokens that the chain drops, chi-square {p}")
     if finding.seeded:
         lines.append(f"seeds: {finding.same} of {finding.seeded} tokens are those of the reference")
-    if finding.agrees and not finding.telling:
+    if not (finding.steps or finding.drawn or finding.seeded):
+        lines.append("nothing is shown: there was nothing to compare")
+    elif finding.agrees and not finding.telling:
         lines.append("nothing is shown: the chain changes nothing at any step looked at; try other prompts, or longer texts")
     return "\n     ".join([*lines, *(f"interference: {one}" for one in finding.interference)])
 
@@ -369,17 +376,20 @@ def reference(chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor], 
 
 def _replay(
     chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor], number: int, seed: int | None
-) -> Iterator[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]:
+) -> Iterator[tuple[Tensor, Tensor, Callable[..., Tensor]]]:
     """At every step of a text the chain's scores, (1, V) float64, the token it draws with the seed, and what it makes of other
     rows there."""
     state = chain.init(1) if "state" in chain.needs else None
-    tokens = text.written.tokens
+    tokens, reached_early = text.written.tokens, _early(chain)
     with dispatch.use("reference"):
         for size, before in enumerate(text.prefixes if tokens or seed is None else []):
             row = rows[before]
             history = History.of([before], prompt=len(text.prompt), request=[number])
             scores, seen = chain.apply(row.double(), state, history=history, check=False)
-            there = partial(chain, history=history, state=state, check=False)
+
+            def there(other: Tensor, early: bool = False, history: History = history, state: Any = state) -> Tensor:
+                return (reached_early if early else chain)(other, history=history, state=state, check=False)
+
             token = torch.zeros(1)
             if seed is not None:
                 token, _ = chain.draw(row, [seed], [len(before)], state, history=history, check=False)
@@ -434,30 +444,37 @@ def _steps(chain: Chain, text: Text, rows: Mapping[tuple[int, ...], Tensor]) -> 
 
 
 def _differing(
-    number: int, step: int, row: Tensor, ours: Tensor, theirs: Tensor, there: Callable[[Tensor], Tensor]
+    number: int, step: int, row: Tensor, ours: Tensor, theirs: Tensor, there: Callable[..., Tensor]
 ) -> list[Difference]:
     kept = ours.isfinite()
     found: list[Difference] = []
-    for token in (kept != theirs.isfinite()).nonzero()[:, 0].tolist():
+    for token in ((kept != theirs.isfinite()) & ~(ours < TINY).logical_and(kept)).nonzero()[:, 0].tolist():
         near = len(found) < FEW and _flips(row, token, bool(kept[token]), there)
         found.append(Difference(number, step, token, "chain" if kept[token] else "engine", near))
     return found
 
 
-def _flips(row: Tensor, token: int, kept: bool, there: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the chain decides otherwise on a token if the model's logit of it is `NEAR` away, or if the sum of probabilities
-    leaves out the `LOST` least probable others."""
+def _flips(row: Tensor, token: int, kept: bool, there: Callable[..., Tensor]) -> bool:
+    """Whether the chain decides otherwise on a token if the model's logit of it is `NEAR` away, or if masses count more."""
     moved = row.clone()
     moved[0, token] += -NEAR if kept else NEAR
-    p, tokens = row[0].softmax(-1).sort()
-    tail = tokens[p.cumsum(-1) <= LOST]
-    short = row.clone()
-    short[0, tail[tail != token]] = -torch.inf
     with dispatch.use("reference"):
-        return any(bool(there(one)[0, token].isfinite()) != kept for one in (moved, short))
+        return any(bool(scores[0, token].isfinite()) != kept for scores in (there(moved), there(row, early=True)))
 
 
-def _off_the_cut(row: Tensor, law: Tensor, there: Callable[[Tensor], Tensor], drawn: Sequence[int]) -> tuple[Tensor, list[int]]:
+def _early(chain: Chain) -> Chain:
+    """With every mass to reach smaller by the share `LOST`."""
+
+    def smaller(step: RuleStep) -> RuleStep:
+        name = MASSES.get(step.rule.name)
+        if name is None or step.is_off:
+            return step
+        return replace(step, values={**step.values, name: step.values[name] * (1 - LOST)})  # type: ignore[operator]
+
+    return replace(chain, steps=tuple(map(smaller, chain.steps)))
+
+
+def _off_the_cut(row: Tensor, law: Tensor, there: Callable[..., Tensor], drawn: Sequence[int]) -> tuple[Tensor, list[int]]:
     """The chain's law and the tokens drawn, without tokens on whose side of the cut rounding decides."""
     dropped = sorted({token for token in drawn if law[token].isneginf()})[:FEW]
     kept = law.isfinite().nonzero()[:, 0]

@@ -17,7 +17,7 @@ import decal
 from decal import DecalError
 from decal.serving.engine import Written
 from decal.serving.request import Request
-from decal.serving.verify import _flips, describe, verify
+from decal.serving.verify import _differing, _early, _flips, describe, verify
 
 PROMPTS = ["ab", "c", "ddd", "e f", "xyz!"]
 
@@ -239,7 +239,48 @@ def test_a_mass_that_float32_loses_is_rounding_and_more_is_not():
         assert chain(row)[0, 4].isfinite()
         # Counted without the tail, four reach the mass, by as much as was lost.
         assert sum(head) / (1 - lost) > sum(head) + lost / 2
-        assert _flips(row, 4, True, lambda those, chain=chain: chain(those)) == near
+        assert _flips(row, 4, True, lambda z, early=False, chain=chain: (_early(chain) if early else chain)(z)) == near
+
+
+@pytest.mark.parametrize(
+    ("chain", "wrong"),
+    [
+        ("top_n_sigma(1.0)", "top_n_sigma(0.97)"),
+        ("temperature(2) | top_p(0.3)", "temperature(2) | top_p(0.299)"),
+        ("top_p(0.9)", "top_p(0.899)"),
+        ("top_k(50)", "top_k(45)"),
+        ("typical(0.9)", "typical(0.899)"),
+    ],
+)
+def test_a_cut_a_little_off_is_no_rounding(chain: str, wrong: str):
+    """On rows of a large vocabulary, whose tail weighs little and is most of the tokens."""
+    right, other = decal.parse(chain), decal.parse(wrong)
+    row = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+
+    def there(z: Tensor, early: bool = False) -> Tensor:
+        return (_early(right) if early else right)(z)
+
+    found = _differing(0, 0, row, right(row).log_softmax(-1)[0], other(row).log_softmax(-1)[0], there)
+    assert sum(not one.near for one in found) >= 3
+    assert not _differing(0, 0, row, right(row).log_softmax(-1)[0], right(row).log_softmax(-1)[0], there)
+
+
+def test_tokens_too_improbable_for_float32_may_be_left_out():
+    chain = decal.parse("temperature(0.1)")
+    row = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    law = chain(row).log_softmax(-1)[0]
+    told = law.float().exp().double().log()
+    assert told.isfinite().sum() < 900
+    assert not _differing(0, 0, row, law, told, lambda z, early=False: chain(z))
+    # One that could be drawn may not.
+    assert _differing(
+        0,
+        0,
+        row,
+        law,
+        told.masked_fill(told.argsort(descending=True).argsort() == 1, -torch.inf),
+        lambda z, early=False: chain(z),
+    )
 
 
 def test_rows_may_come_from_elsewhere():

@@ -26,17 +26,20 @@ CHAINS = [
     "min_p(0.05) | dynamic_temperature(1.0, 0.5)",
     "presence_penalty(0.5, scope='all') | top_k(30)",
     "dry(0.8, 1.75, 1) | min_p(0.05)",
+    "temperature(0.3)",
 ]
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """The server in the wheel of xllamacpp, which is llama.cpp's own, with its own defaults: top_k 40, top_p .95, min_p .05."""
+    """The server in xllamacpp, which is llama.cpp's own, with its own defaults: top_k 40, top_p .95, min_p .05; told to
+    ignore the end of text."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = os.environ.get("DECAL_GGUF") or str(models.gguf_file("smollm2"))
     params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 1024, 2, 1
+    params.sampling.ignore_eos = True
     server = xllamacpp.Server(params)
     yield server.listening_address
     del server
