@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from replay import REAL_CHAINS
 
 from decal import DecalError
 from decal.eval import models
@@ -16,11 +17,7 @@ from decal.serving.verify import Finding, verify
 pytestmark = [pytest.mark.llama_server, pytest.mark.model]
 
 CHAINS = [
-    "min_p(0.1)",
-    "top_p(0.9)",
-    "top_k(20) | temperature(0.7)",
-    "temperature(1.5) | min_p(0.1)",
-    "min_p(0.1) | temperature(1.5)",
+    *REAL_CHAINS[:5],
     "typical(0.9)",
     "top_n_sigma(1.0)",
     "min_p(0.05) | dynamic_temperature(1.0, 0.5)",
