@@ -390,6 +390,8 @@ def generate_batch(
     """
     inputs = [row.tolist() if isinstance(row, Tensor) else list(row) for row in inputs]
     each = [chains] * len(inputs) if isinstance(chains, (Chain, str)) else list(chains)
+    # Texts name no answers here, so a chain that follows some has to bring them.
+    each = [parse(chain) if isinstance(chain, str) and "answers" in parse(chain).needs else chain for chain in each]
     for name, given in (("chains", each), *((("seeds", seeds),) if seeds is not None else ())):
         if len(given) != len(inputs):
             raise DecalError(f"there are {len(inputs)} prompts and {len(given)} {name}; give one for each")

@@ -260,6 +260,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 4}, r"would not follow num_beams=4"),
     ({"num_return_sequences": 2}, "Several texts of a prompt are several requests"),
     ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+    ({"chains": "guided(1)"}, r"use chain.for_answers\(answers, tokenizer\)"),
     ({"inputs": [[1], []]}, r"a prompt is a list of at least one token id below 273, got \[\]"),
     ({"inputs": [[1], [273]]}, r"got \[273\]"),
     ({"continuous_batching_config": ContinuousBatchingConfig(use_cuda_graph=True)}, "use_cuda_graph"),
