@@ -245,7 +245,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seeds": [1, 0.5]}, "decal_seed must be a whole number"),
     ({"chains": "min_p(7)"}, "p must be in"),
     ({"chains": parse("min_p([0.1, 0.2])")}, "one value for each parameter, got a list of 2"),
-    ({"chains": "guided(1)"}, "send decal_answers"),
     ({"chains": parse("guided(1)")}, "for_answers"),
     ({"chains": parse("top_w(1.0)")}, "for_model"),
     ({"chains": parse("ensemble(0.5)")}, "use model.generate"),
