@@ -495,6 +495,8 @@ def _engine(name: str, model: str | None, url: str | None, given: dict[str, Any]
     from decal.eval import models
 
     live = import_module(f"decal.serving.{name}").Live
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise DecalError(f"--url must begin with http:// or https://, got {url}")
     if url is not None and not hasattr(live, "connect"):
         raise DecalError(f"{name} is no server to connect to; leave --url out")
     if url is None and find_spec(name) is None:
@@ -502,13 +504,13 @@ def _engine(name: str, model: str | None, url: str | None, given: dict[str, Any]
     where = model or models.DEFAULT
     try:
         if url is not None:
-            return live.connect(url.rstrip("/"), **given)
+            return live.connect(url.rstrip("/").removesuffix("/v1"), **given)
         find = models.gguf_file if name == "llama_cpp" else models.folder
         return live.start(str(find(where, accept_licence=accept_licence)), **given)
     except DecalError:
         raise
-    except (TypeError, ValueError) as error:  # of the engine, about what it was given
-        raise DecalError(f"{name} refuses {where} with {given}: {str(error).splitlines()[0]}") from error
+    except (TypeError, ValueError, OSError) as error:  # of the engine, about what it was given, or files that aren't there
+        raise DecalError(f"{name} refuses {url or where} with {given}: {str(error).splitlines()[0]}") from error
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""A chain in llama-cpp-python, and as the settings of a llama.cpp server: python llama_cpp_generate.py model.gguf"""
+"""A chain in llama-cpp-python, and as the settings of a llama.cpp server: python llama_cpp_generate.py [model.gguf]"""
 
 import json
 import sys
@@ -6,6 +6,7 @@ import sys
 from llama_cpp import Llama
 
 import decal
+from decal.eval import models
 from decal.serving.llama_cpp import completion_kwargs, request_fields
 
 
@@ -33,4 +34,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1] if len(sys.argv) > 1 else str(models.gguf_file("smollm2")))

@@ -1,4 +1,4 @@
-"""Chains in mlx-lm, for one text and for a batch: python mlx_lm_generate.py path/or/hub-id"""
+"""Chains in mlx-lm, for one text and for a batch: python mlx_lm_generate.py [path/or/hub-id]"""
 
 import sys
 
@@ -6,6 +6,7 @@ import mlx_lm
 from mlx_lm.generate import BatchGenerator
 
 import decal
+from decal.eval import models
 from decal.serving.mlx_lm import batch_kwargs, generate_kwargs
 
 
@@ -33,4 +34,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1] if len(sys.argv) > 1 else str(models.folder("smollm2")))

@@ -181,7 +181,7 @@ def _chain(given: Any, params: Mapping[str, Any]) -> Chain:
         if need != "answers":
             raise DecalError(f"decal: {chain} reads {one.what}, which an engine doesn't give to its processors")
         if "decal_answers" not in params:
-            raise DecalError(f"decal: {chain} follows valid answers; send decal_answers")
+            raise DecalError(f"decal: {chain} follows valid answers; send decal_answers, in Python answers=")
     return chain
 
 

@@ -27,6 +27,7 @@ the tokens so far want ``pad_token_id`` where prompts of different lengths share
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -244,7 +245,7 @@ def _admit(model: Any, input_ids: Any, max_new_tokens: Any, request: Request | N
     tokens = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
     vocabulary = model.config.get_text_config().vocab_size
     if not tokens or not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
-        raise DecalError(f"a prompt is a list of at least one token id below {vocabulary}, got {tokens!r}")
+        raise DecalError(f"a prompt is a list of at least one token id below {vocabulary}, got {reprlib.repr(tokens)}")
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
         raise DecalError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
     if request is None:
@@ -388,6 +389,13 @@ def generate_batch(
         DecalError: as in `continuous_batching`; or chains, seeds and prompts don't go together; or a request can't be done.
         RuntimeError: the engine failed, with its words.
     """
+    if isinstance(inputs, Mapping) or any(isinstance(row, (str, int)) for row in inputs):
+        raise DecalError(
+            "generate_batch takes a list of prompts, each a list of token ids, such as tokenizer(texts)['input_ids'] without"
+            f" padding, got {reprlib.repr(inputs)}"
+        )
+    if seeds is not None and not isinstance(seeds, (Sequence, Tensor)):
+        raise DecalError(f"seeds are a list of whole numbers, one for each prompt, got {seeds!r}")
     inputs = [row.tolist() if isinstance(row, Tensor) else list(row) for row in inputs]
     each = [chains] * len(inputs) if isinstance(chains, (Chain, str)) else list(chains)
     # Texts name no answers here, so a chain that follows some has to bring them.

@@ -185,9 +185,9 @@ class Report:
 
 def describe(finding: Finding) -> str:
     """A finding in a few lines."""
-    lines = [f"{'ok  ' if finding.ok else 'none' if finding.agrees else 'FAIL'} {finding.chain}"]
     if finding.refused:
-        return "\n     ".join([*lines, f"refused: {finding.refused}"])
+        return f"not done: {finding.chain}\n     refused: {finding.refused}"
+    lines = [f"{'ok  ' if finding.ok else 'none' if finding.agrees else 'FAIL'} {finding.chain}"]
     if finding.steps:
         lines.append(
             f"kept sets: {len(finding.differing)} tokens differ in {finding.steps} steps of {finding.generations} generations"
@@ -200,6 +200,8 @@ def describe(finding: Finding) -> str:
         lines.append(f"frequencies: {finding.drawn} draws, {finding.impossible} of tokens that the chain drops, chi-square {p}")
     if finding.seeded:
         lines.append(f"seeds: {finding.same} of {finding.seeded} tokens are those of the reference")
+    else:
+        lines.append("seeds: not compared, the engine draws itself")
     if not (finding.steps or finding.drawn or finding.seeded):
         lines.append("nothing is shown: there was nothing to compare")
     elif finding.agrees and not finding.telling:
@@ -325,7 +327,10 @@ def _finding(
     )
     if found.agrees:
         return found
-    why = tuple(explain_laws(steps)) if not found.laws_agree else ()
+    # What the engine says of itself is better than a guess.
+    why = tuple(note for note in engine.notes() if note.split(":")[0] in {step.rule.name for step in chain.steps})
+    if not why and not found.laws_agree:
+        why = tuple(explain_laws(steps))
     if not why and frequencies and not found.frequencies_agree:
         why = tuple(explain_frequencies(frequencies))
     return replace(found, interference=why)

@@ -48,6 +48,8 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Rule:
     if name in RULES:
         return RULES[name]
+    if name == "serving":
+        raise AttributeError("decal.serving has a module for each engine: import decal.serving.vllm, for one")
     raise AttributeError(f"module 'decal' has no attribute {name!r}; its rules are {', '.join(sorted(RULES))}")
 
 

@@ -86,7 +86,7 @@ def test_what_its_samplers_do_differently_shows_and_is_said(live: Server) -> Non
     """llama.cpp's mirostat takes the surprise of a token after the cut, so its mu goes another way than the paper's."""
     report = verify(live, ["mirostat(2.0, 0.9)"], generations=10, length=6, draws=0)
     assert not report.ok
-    assert any("llama.cpp takes the surprise of a token after the cut" in note for note in report.notes)
+    assert "llama.cpp takes the surprise of a token after the cut" in report.findings[0].interference[0]
 
 
 @pytest.mark.parametrize(
