@@ -201,7 +201,7 @@ def describe(finding: Finding) -> str:
     if finding.seeded:
         lines.append(f"seeds: {finding.same} of {finding.seeded} tokens are those of the reference")
     else:
-        lines.append("seeds: not compared, the engine draws itself")
+        lines.append("seeds: not compared")
     if not (finding.steps or finding.drawn or finding.seeded):
         lines.append("nothing is shown: there was nothing to compare")
     elif finding.agrees and not finding.telling:
@@ -327,13 +327,12 @@ def _finding(
     )
     if found.agrees:
         return found
-    # What the engine says of itself is better than a guess.
-    why = tuple(note for note in engine.notes() if note.split(":")[0] in {step.rule.name for step in chain.steps})
-    if not why and not found.laws_agree:
-        why = tuple(explain_laws(steps))
+    why = tuple(explain_laws(steps)) if not found.laws_agree else ()
     if not why and frequencies and not found.frequencies_agree:
         why = tuple(explain_frequencies(frequencies))
-    return replace(found, interference=why)
+    # What the engine says of its own samplers comes before guesses.
+    known = [note for note in engine.notes() if note.split(":")[0] in {step.rule.name for step in chain.steps}]
+    return replace(found, interference=(*known, *why))
 
 
 # ---- the reference
