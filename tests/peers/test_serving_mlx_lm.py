@@ -16,6 +16,7 @@ from torch import Tensor
 import decal
 from decal import DecalError, History
 from decal.kernels import dispatch
+from decal.serving.engine import Written
 from decal.serving.mlx_lm import Live, batch_kwargs, generate_kwargs, sampler
 from decal.serving.verify import verify
 
@@ -34,6 +35,13 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Live:
         llama(len(tokenizer), seed=3, dtype=torch.float32, spread=0.3).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return Live.start(folder)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    import mlx.core as mx
+
+    mx.random.seed(0)  # MLX begins elsewhere in every process
 
 
 class Spy:
@@ -164,10 +172,21 @@ def test_a_sampler(live: Live) -> None:
         text.append(int(token))
 
 
-def test_verify(live: Live) -> None:
+def test_verify(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[Written]] = []
+
+    def write(prompts: list[list[int]], asked: dict[str, Any], length: int, laws: bool) -> list[Written]:
+        texts = Live.write(live, prompts, asked, length, laws)
+        told.extend([texts] if laws else [])
+        return texts
+
+    monkeypatch.setattr(live, "write", write)
     report = verify(live, CHAINS, ["once upon", "the red and the", "a"], generations=6, length=4, draws=30)
     assert report.ok, str(report)
-    assert all(finding.steps == 24 for finding in report.findings if "xtc" not in finding.chain)
+    steps = [finding.steps for finding in report.findings if "xtc" not in finding.chain]
+    # A text that reaches its end has fewer than four tokens.
+    assert steps == [sum(len(text.tokens) for text in texts) for texts in told]
+    assert all(12 <= size <= 24 for size in steps)
 
 
 def test_the_example_runs(live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
