@@ -755,8 +755,12 @@ def parse(text: str) -> Chain:
         steps = tuple(_parse_steps(tree, text))
     except DecalError:
         raise
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise DecalError(f"a chain is written rule(value) | rule(value) | ..., got {text!r}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        where = ""
+        if isinstance(error, SyntaxError) and text.strip():
+            place = error.offset or len(text.strip()) + 1  # Python says 0 for the end
+            where = f": {error.msg}, character {place + len(text) - len(text.lstrip())}"
+        raise DecalError(f"a chain is written rule(value) | rule(value) | ..., got {text!r}{where}") from None
     return Chain(steps)
 
 

@@ -335,7 +335,8 @@ def request_fields(chain: Chain | str, *, tokenizer: Any = None, context: int | 
             translation.add(step, last=place == len(steps) - 1)
     if translation.lost and not partial:
         raise DecalError(
-            f"llama.cpp's server can't do {chain}: {'; '.join(translation.lost)}. With partial=True such steps are left out"
+            f"llama.cpp's server can't do {chain}: {'; '.join(translation.lost)}. request_fields(..., partial=True) leaves such"
+            " steps out"
         )
     return Fields(translation.fields, (*translation.report, *(f"{line}; left out" for line in translation.lost)))
 

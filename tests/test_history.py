@@ -742,7 +742,6 @@ def test_direct_stop_strings(model: LlamaForCausalLM) -> None:
         ({"custom_generate": "someone/loop"}, "custom_generate"),
         ({"num_beams": 2, "prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens, num_beams"),
     ],
-    ids=str,
 )
 def test_what_direct_can_t_go_with(kwargs: dict[str, Any], named: str) -> None:
     message = f"generate_kwargs: direct=True samples row by row and can't go with {named}; leave it out"
