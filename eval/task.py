@@ -46,18 +46,19 @@ class Dyck(_Strict):
 
 
 class Answers(_Strict):
-    """Exactly one of: a ``list``, a ``file`` with one answer per line, a ``regex``, ``digits``, or ``dyck``."""
+    """Exactly one of: a ``list``, a ``file`` with one answer per line, a ``regex``, ``json_schema``, ``digits``, ``dyck``."""
 
     list_: list[StrictStr] | None = Field(default=None, alias="list")
     file: StrictStr | None = None
     regex: StrictStr | None = None
+    json_schema: dict[str, Any] | None = None
     digits: Digits | None = None
     dyck: Dyck | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Answers:
-        if sum(v is not None for v in (self.list_, self.file, self.regex, self.digits, self.dyck)) != 1:
-            raise ValueError("give exactly one of list, file, regex, digits and dyck")
+        if sum(v is not None for v in (self.list_, self.file, self.regex, self.json_schema, self.digits, self.dyck)) != 1:
+            raise ValueError("give exactly one of list, file, regex, json_schema, digits and dyck")
         return self
 
 
@@ -252,6 +253,8 @@ def _valid_set(task: Task, path: Path, where: str) -> ValidSet:
         return ValidSet.from_list(answers.list_, where)
     if answers.regex is not None:
         return ValidSet.from_regex(answers.regex, where)
+    if answers.json_schema is not None:
+        return ValidSet.from_json_schema(answers.json_schema, source=f"{where}.json_schema")
     if answers.digits is not None:
         return ValidSet.digits(**answers.digits.model_dump(), source=where)
     if answers.dyck is not None:

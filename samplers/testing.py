@@ -355,7 +355,9 @@ def a_temperature_changes_what_is_declared(rule: Rule) -> None:
     require(changed or rule.scale, "no temperature changes a kept set; declare scale=True?")
 
 
-def _renamed(trie: TokenTrie, new: Sequence[int]) -> Guide:
+def _renamed(guide: Guide, new: Sequence[int]) -> Guide:
+    trie = guide.trie
+    assert isinstance(trie, TokenTrie)
     paths = [tuple(new[t] for t in trie.path(node)) for node in range(len(trie)) if trie.answer[node] >= 0]
     return guide_of(paths, [new[token] for token in trie.ends])
 
@@ -370,7 +372,7 @@ def renaming_tokens_renames_the_answer(rule: Rule) -> None:
         renamed = History(order.argsort()[h.tokens], h.length, h.prompt, h.request)
         weights = None if w is None else Weights(w.embedding[order], w.head[order])
         new = order.argsort().tolist()
-        guide = trial.chain.guide and _renamed(trial.chain.guide.trie, new)
+        guide = trial.chain.guide and _renamed(trial.chain.guide, new)
         views = trial.chain.views and SomeViews(trial.chain.views.logits("", History.of(order[:, None]))[..., order])
         other = Trial(Chain(trial.chain.steps, weights, guide, views), renamed)
         law, again = trial(z).softmax(-1)[:, order], other(z[:, order]).softmax(-1)

@@ -118,8 +118,8 @@ def check_size(valid: ValidSet) -> None:
     """Raise DecalError if a valid set has more than `MOST_ANSWERS` answers."""
     if valid.size > MOST_ANSWERS:
         raise DecalError(
-            f"{valid.source}: {valid.size} answers; exact evaluation and for_answers follow each, which stops at {MOST_ANSWERS}"
-            "; see decal estimate"
+            f"{valid.source}: {valid.size} answers; exact evaluation follows each, which stops at {MOST_ANSWERS}; see decal"
+            " estimate"
         )
 
 

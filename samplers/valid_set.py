@@ -67,8 +67,17 @@ class ValidSet:
         return cls(0, children.__getitem__, last.__contains__, source)
 
     @classmethod
-    def from_regex(cls, pattern: str, source: str = "regex") -> ValidSet:
-        """The strings that match ``pattern`` in full. Raises DecalError if it doesn't parse or matches infinitely many."""
+    def from_regex(cls, pattern: str, source: str = "regex", *, max_length: int | None = None) -> ValidSet:
+        """The strings that match ``pattern`` in full.
+
+        Args:
+            max_length: characters of the longest; without it the pattern may not match infinitely many.
+
+        Raises:
+            DecalError: it doesn't parse, or matches infinitely many, or nothing, or the empty string.
+        """
+        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+            raise DecalError(f"{source}: max_length is a whole number of at least 1, got {max_length!r}")
         try:
             import interegular
             from interegular.fsm import anything_else
@@ -90,7 +99,46 @@ class ValidSet:
                     found[symbol] = target
             return dict(sorted(found.items()))
 
-        return cls(automaton.initial, edges, automaton.finals.__contains__, source)
+        if max_length is None:
+            return cls(automaton.initial, edges, automaton.finals.__contains__, source)
+
+        # A state is one of the pattern's, and how many characters may follow.
+        def bounded(state: tuple[int, int]) -> dict[str, tuple[int, int]]:
+            at, left = state
+            return {symbol: (target, left - 1) for symbol, target in edges(at).items()} if left else {}
+
+        return cls((automaton.initial, max_length), bounded, lambda state: state[0] in automaton.finals, source)
+
+    @classmethod
+    def from_json_schema(
+        cls,
+        schema: Any,
+        *,
+        separators: tuple[str, str] = (", ", ": "),
+        alphabet: str = "",
+        source: str = "JSON schema",
+    ) -> ValidSet:
+        """The texts that are valid for a JSON schema, written as ``json.dumps`` writes them.
+
+        Objects have their members in the order of ``properties`` and no others, arrays no items beyond those described; a
+        schema with ``properties`` and no ``type`` is one of objects. Whatever has no end must be bounded: integers by
+        ``minimum`` and ``maximum``, strings by ``pattern`` or ``maxLength``, arrays by ``maxItems``. Followed are ``type``,
+        ``enum``, ``const``, ``anyOf``, ``oneOf``, ``$ref`` within the schema, and for each type the keywords in
+        `decal.samplers.json_schema.KEYWORDS`; others are refused, but for those that only describe.
+
+        Args:
+            schema: a mapping, as `json.loads` gives it, or a model of pydantic.
+            separators: between members, and between a name and its value, as in `json.dumps`.
+            alphabet: the characters of strings that have a ``maxLength`` and no ``pattern``.
+
+        Raises:
+            DecalError: a keyword that isn't followed, or infinitely many texts; it says where in the schema.
+        """
+        from decal.samplers.json_schema import pattern_of
+
+        if callable(getattr(schema, "model_json_schema", None)):
+            schema = schema.model_json_schema()
+        return cls.from_regex(pattern_of(schema, separators, alphabet, source), source)
 
     @classmethod
     def digits(cls, n: int, *, sum_eq: int | None = None, sum_le: int | None = None, source: str = "digits") -> ValidSet:
@@ -149,6 +197,11 @@ class ValidSet:
         """``{character: next state}`` for the characters that some answer continues with."""
         return self._edges[state]
 
+    @property
+    def characters(self) -> set[str]:
+        """All that occur in an answer."""
+        return {character for edges in self._edges.values() for character in edges}
+
     def final(self, state: State) -> bool:
         """Whether a string that has led to ``state`` is an answer."""
         return self._final(state)
@@ -206,6 +259,6 @@ class ValidSet:
                 stack.append((state, True))
                 for after in self._edges[state].values():
                     if after in path:
-                        raise DecalError(f"{self.source}: the valid set is infinite; only finite sets can be evaluated exactly")
+                        raise DecalError(f"{self.source}: the valid set is infinite; only finite ones can be counted")
                     if after not in self._counts:
                         stack.append((after, False))

@@ -145,8 +145,7 @@ def test_what_goes_wrong_is_said():
         guided().for_answers(["r\ud800"], TOKENIZER)
     with pytest.raises(DecalError, match="got the string 'abc'"):
         ValidSet.from_list("abc")
-    with pytest.raises(DecalError, match="stops at 200000"):
-        guided().for_answers(ValidSet.digits(6), TOKENIZER)
+    assert guided().for_answers(ValidSet.digits(6), TOKENIZER).guide.trie.size == 10**6  # too many to list
     with pytest.raises(DecalError, match="ends are a list"):
         guided().for_answers(["red"], TOKENIZER, ends="<eos>")
     with pytest.raises(DecalError, match="put guided"):

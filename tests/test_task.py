@@ -341,7 +341,11 @@ def test_balanced_brackets_as_answers(tmp_path: Path) -> None:
     ("text", "line", "message"),
     [
         (GOOD + "shot: 3\n", 4, "unknown key 'shot' (allowed: name, answers, prompt, label, phrasings, family, form, "),
-        (LABELLED + "answers:\n  lists: [a]\n", 4, "unknown key 'answers.lists' (allowed: list, file, regex, digits, dyck)"),
+        (
+            LABELLED + "answers:\n  lists: [a]\n",
+            4,
+            "unknown key 'answers.lists' (allowed: list, file, regex, json_schema, digits, dyck)",
+        ),
         (
             LABELLED + "answers:\n  digits:\n    n: 2\n    m: 3\n",
             6,
@@ -383,9 +387,9 @@ def test_balanced_brackets_as_answers(tmp_path: Path) -> None:
         (
             LABELLED + "answers:\n  list: [a]\n  regex: b\n",
             3,
-            "answers: give exactly one of list, file, regex, digits and dyck",
+            "answers: give exactly one of list, file, regex, json_schema, digits and dyck",
         ),
-        (LABELLED + "answers: {}\n", 3, "answers: give exactly one of list, file, regex, digits and dyck"),
+        (LABELLED + "answers: {}\n", 3, "answers: give exactly one of list, file, regex, json_schema, digits and dyck"),
         (LABELLED + "answers: [a, b]\n", 3, "answers: Input should be a valid dictionary"),
         (LABELLED + "answers:\n  list:\n    - Yes\n", 5, "answers.list.0: Input should be a valid string, got True"),
         (LABELLED + "answers:\n  list:\n    - a\n    - No\n", 6, "answers.list.1: Input should be a valid string, got False"),

@@ -1,0 +1,320 @@
+"""JSON schemas as regular expressions, for those that finitely many texts satisfy.
+
+Every keyword is followed or refused; none is left out silently.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from decal.samplers.errors import DecalError
+
+ANNOTATIONS = (
+    "$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated",
+    "readOnly", "writeOnly", "discriminator",
+)  # fmt: skip
+"""Keywords that say nothing of what is valid."""
+
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda v: isinstance(v, str),
+    "integer": lambda v: not isinstance(v, bool) and (isinstance(v, int) or (isinstance(v, float) and v.is_integer())),
+    "number": lambda v: not isinstance(v, bool) and isinstance(v, (int, float)),
+    "boolean": lambda v: isinstance(v, bool),
+    "null": lambda v: v is None,
+    "array": lambda v: isinstance(v, list),
+    "object": lambda v: isinstance(v, dict),
+}
+"""Whether a value is of a type."""
+
+
+KEYWORDS: dict[str, tuple[str, ...]] = {
+    "string": ("pattern", "minLength", "maxLength"),
+    "integer": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    "number": (),
+    "boolean": (),
+    "null": (),
+    "array": ("prefixItems", "items", "minItems", "maxItems"),
+    "object": ("properties", "required", "additionalProperties"),
+}
+"""What is followed for each type."""
+
+
+def escaped(text: str) -> str:
+    """A regular expression that matches a text only."""
+    return "".join("\\" + c if c in r"\.^$*+?{}[]|()/-" else c for c in text)
+
+
+def any_of(patterns: Sequence[str]) -> str:
+    """A regular expression that matches what one of these does."""
+    return patterns[0] if len(patterns) == 1 else f"(?:{'|'.join(patterns)})"
+
+
+def integers(low: int, high: int) -> str:
+    """A regular expression of the whole numbers from ``low`` to ``high``, without zeros in front."""
+    if low < 0:
+        below = "-" + integers(max(1, -high), -low) if high < 0 else "-" + integers(1, -low)
+        return below if high < 0 else any_of([below, integers(0, high)])
+    found = []
+    for size in range(len(str(low)), len(str(high)) + 1):
+        start, stop = max(low, 10 ** (size - 1) if size > 1 else 0), min(high, 10**size - 1)
+        found.append(_digits(str(start), str(stop)))
+    return any_of(found)
+
+
+def _digits(low: str, high: str) -> str:
+    """Numbers of as many digits as these two."""
+    if not low:
+        return ""
+    if low[0] == high[0]:
+        return low[0] + _digits(low[1:], high[1:])
+    rest = len(low) - 1
+    zeros, nines = "0" * rest, "9" * rest
+    first, last = int(low[0]) + (low[1:] != zeros), int(high[0]) - (high[1:] != nines)
+    found = [low[0] + _digits(low[1:], nines)] if low[1:] != zeros else []
+    if first <= last:
+        found.append((str(first) if first == last else f"[{first}-{last}]") + ("[0-9]" if rest else "") + _times(rest))
+    if high[1:] != nines:
+        found.append(high[0] + _digits(zeros, high[1:]))
+    return any_of(found)
+
+
+def _anchored(pattern: str) -> bool:
+    """Whether a pattern matches nothing but whole texts: ``^a|b$`` is ``^a`` or ``b$``."""
+    bare = re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # without escapes and classes
+    depth = 0
+    for character in bare:
+        depth += (character == "(") - (character == ")")
+        if character == "|" and not depth:
+            return False
+    return bare.startswith("^") and bare.endswith("$") and len(bare) > 1
+
+
+def _times(count: int) -> str:
+    return f"{{{count}}}" if count > 1 else ""
+
+
+class Translation:
+    """One schema on its way to a regular expression.
+
+    Args:
+        root: the schema, in which references are looked up.
+        separators: what stands between members, and between a name and its value.
+        alphabet: characters of strings that only have a length.
+        source: for messages.
+    """
+
+    def __init__(self, root: Any, separators: tuple[str, str], alphabet: str, source: str):
+        self.root, self.separators, self.alphabet, self.source = root, separators, alphabet, source
+        self._open: list[str] = []  # references on the way to here
+
+    def refuse(self, where: str, why: str) -> NoReturn:
+        """Raise DecalError about a place in the schema."""
+        raise DecalError(f"{self.source}: {where or 'the schema'}: {why}")
+
+    def pattern(self, schema: Any, where: str = "") -> str:
+        """A regular expression of the texts that are valid for a part of the schema, which stands at ``where``."""
+        if not isinstance(schema, Mapping):
+            self.refuse(where, f"must be an object, got {schema!r}")
+        given = {key: value for key, value in schema.items() if key not in ANNOTATIONS}
+        for key, follow in (("$ref", self._ref), ("anyOf", self._any_of), ("oneOf", self._one_of), ("allOf", self._all_of)):
+            if key in given:
+                self._known(given, where, {key})
+                return follow(given[key], f"{where}/{key}")
+        if "const" in given or "enum" in given:
+            return self._values(given, where)
+        wanted = given.get("type", "object" if "properties" in given else "array" if "prefixItems" in given else None)
+        kinds = [kind for kind in (wanted if isinstance(wanted, list) else [wanted]) if isinstance(kind, str) and kind in TYPES]
+        if not kinds or kinds != (wanted if isinstance(wanted, list) else [wanted]):
+            self.refuse(where, f"type must be one of {', '.join(TYPES)}, or a list of them, got {wanted!r}")
+        if len(kinds) > 1:
+            of_kind = {name: {key: v for key, v in given.items() if key in words} for name, words in KEYWORDS.items()}
+            self._known(given, where, {"type"}.union(*(KEYWORDS[kind] for kind in kinds)))
+            return any_of([self.pattern({**of_kind[kind], "type": kind}, where) for kind in kinds])
+        self._known(given, where, {"type", *KEYWORDS[kinds[0]]})
+        return getattr(self, f"_{kinds[0]}")(given, where)
+
+    def _known(self, given: Mapping[str, Any], where: str, allowed: set[str]) -> None:
+        for key in given:
+            if key not in allowed:
+                self.refuse(f"{where}/{key}", f"isn't followed here; {', '.join(sorted(allowed))} would be")
+
+    def _size(self, given: Mapping[str, Any], where: str, key: str, default: int | None) -> int:
+        value = given.get(key, default)
+        if value is None:
+            self.refuse(where, f"has no {key}, so it has no end")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            self.refuse(f"{where}/{key}", f"must be a whole number of at least 0, got {value!r}")
+        return value
+
+    # ---- references and alternatives
+
+    def _ref(self, ref: Any, where: str) -> str:
+        if not isinstance(ref, str) or not ref.startswith("#"):
+            self.refuse(where, f"must begin with #, in this schema, got {ref!r}")
+        if ref in self._open:
+            self.refuse(where, f"{ref} holds itself, so it has no end")
+        found = self.root
+        for step in ref[1:].split("/")[1:]:
+            name = step.replace("~1", "/").replace("~0", "~")
+            if not isinstance(found, Mapping) or name not in found:
+                self.refuse(where, f"there is no {ref}")
+            found = found[name]
+        self._open.append(ref)
+        pattern = self.pattern(found, ref)
+        self._open.pop()
+        return pattern
+
+    def _list(self, given: Any, where: str) -> list[Any]:
+        if not isinstance(given, list) or not given:
+            self.refuse(where, f"must be a list that isn't empty, got {given!r}")
+        return given
+
+    def _any_of(self, given: Any, where: str) -> str:
+        return any_of([self.pattern(one, f"{where}/{i}") for i, one in enumerate(self._list(given, where))])
+
+    def _one_of(self, given: Any, where: str) -> str:
+        from decal.samplers.valid_set import ValidSet
+
+        patterns = [self.pattern(one, f"{where}/{i}") for i, one in enumerate(self._list(given, where))]
+        both = any_of(patterns)
+        if ValidSet.from_regex(both).size != sum(ValidSet.from_regex(one).size for one in patterns):
+            self.refuse(where, "some texts are valid for several, so for none; use anyOf if one of them is enough")
+        return both
+
+    def _all_of(self, given: Any, where: str) -> str:
+        if len(self._list(given, where)) > 1:
+            self.refuse(where, "several schemas at once aren't followed; join them into one")
+        return self.pattern(given[0], f"{where}/0")
+
+    # ---- values
+
+    def _text(self, value: Any, where: str) -> str:
+        try:
+            return json.dumps(value, ensure_ascii=False, separators=self.separators, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            self.refuse(where, f"{value!r} is no value of JSON ({error})")
+
+    def _values(self, given: Mapping[str, Any], where: str) -> str:
+        self._known(given, where, {"const", "enum", "type"})
+        key = "const" if "const" in given else "enum"
+        values = [given["const"]] if key == "const" else self._list(given["enum"], f"{where}/enum")
+        kinds = given.get("type", list(TYPES))
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        values = [value for value in values if any(kind in TYPES and TYPES[kind](value) for kind in kinds)]
+        texts = list(dict.fromkeys(self._text(value, f"{where}/{key}") for value in values))
+        if key == "const" and "enum" in given:
+            texts = [text for text in texts if text in {self._text(one, where) for one in self._list(given["enum"], where)}]
+        if not texts:
+            self.refuse(f"{where}/{key}", "no value is left of those and the type asked for")
+        return any_of([escaped(text) for text in texts])
+
+    def _null(self, given: Mapping[str, Any], where: str) -> str:
+        return "null"
+
+    def _boolean(self, given: Mapping[str, Any], where: str) -> str:
+        return "(?:true|false)"
+
+    def _number(self, given: Mapping[str, Any], where: str) -> str:
+        self.refuse(where, "numbers have no end; use an enum, or an integer with a minimum and a maximum")
+
+    def _integer(self, given: Mapping[str, Any], where: str) -> str:
+        for key in given.keys() - {"type"}:
+            if isinstance(given[key], bool) or not isinstance(given[key], int):
+                self.refuse(f"{where}/{key}", f"must be a whole number, got {given[key]!r}")
+        lows = [given[key] + extra for key, extra in (("minimum", 0), ("exclusiveMinimum", 1)) if key in given]
+        highs = [given[key] - extra for key, extra in (("maximum", 0), ("exclusiveMaximum", 1)) if key in given]
+        if not lows or not highs:
+            self.refuse(where, "an integer needs a minimum and a maximum, or it has no end")
+        if max(lows) > min(highs):
+            self.refuse(where, f"no whole number is from {max(lows)} to {min(highs)}")
+        return integers(max(lows), min(highs))
+
+    def _string(self, given: Mapping[str, Any], where: str) -> str:
+        if "pattern" in given:
+            self._known(given, where, {"type", "pattern"})
+            return f'"{self._inner(given["pattern"], f"{where}/pattern")}"'
+        low, high = self._size(given, where, "minLength", 0), self._size(given, where, "maxLength", None)
+        if not self.alphabet:
+            self.refuse(where, "of which characters? Give alphabet=, or a pattern")
+        if low > high:
+            self.refuse(where, f"no text has from {low} to {high} characters")
+        letters = "|".join(escaped(self._text(letter, where)[1:-1]) for letter in dict.fromkeys(self.alphabet))
+        return f'"(?:{letters}){{{low},{high}}}"'
+
+    def _inner(self, pattern: Any, where: str) -> str:
+        from decal.samplers.valid_set import ValidSet
+
+        if not isinstance(pattern, str) or not _anchored(pattern):
+            self.refuse(
+                where,
+                f"must begin with ^ and end with $, and have | in brackets only, or others may stand around, got {pattern!r}",
+            )
+        # The sign in front is for those that match nothing at all.
+        inner = ValidSet.from_regex(f"-(?:{pattern[1:-1]})", f"{self.source}: {where}")
+        odd = sorted({c for c in inner.characters if c in '"\\' or ord(c) < 32})
+        if odd:
+            self.refuse(where, f"may match {odd[0]!r}, which JSON writes otherwise")
+        return f"(?:{pattern[1:-1]})"
+
+    def _array(self, given: Mapping[str, Any], where: str) -> str:
+        first = given.get("prefixItems", [])
+        if not isinstance(first, list):
+            self.refuse(f"{where}/prefixItems", f"must be a list, got {first!r}")
+        rest = given.get("items", False)
+        low = self._size(given, where, "minItems", 0)
+        high = self._size(given, where, "maxItems", len(first) if rest is False else None)
+        if rest is False:
+            high = min(high, len(first))
+        if low > high:
+            self.refuse(where, f"no list has from {low} to {high} items")
+        between = escaped(self.separators[0])
+        patterns = [self.pattern(one, f"{where}/prefixItems/{i}") for i, one in enumerate(first[:high])]
+        after = ""
+        if high > len(first):
+            more, at_least = self.pattern(rest, f"{where}/items"), max(low - len(first), 0)
+            if first:
+                after = f"(?:{between}{more}){{{at_least},{high - len(first)}}}"
+            else:
+                after = f"{more}(?:{between}{more}){{{max(at_least - 1, 0)},{high - 1}}}"
+                return rf"\[{after if low else f'(?:{after})?'}\]"
+        for place in range(len(patterns) - 1, -1, -1):
+            after = (between if place else "") + patterns[place] + after
+            if place >= low:
+                after = f"(?:{after})?"
+        return rf"\[{after}\]"
+
+    def _object(self, given: Mapping[str, Any], where: str) -> str:
+        members, required = given.get("properties", {}), given.get("required", [])
+        if not isinstance(members, Mapping) or not isinstance(required, list):
+            self.refuse(where, "properties must be an object and required a list")
+        if isinstance(given.get("additionalProperties", False), Mapping):
+            self.refuse(f"{where}/additionalProperties", "names of members must be known")
+        for name in required:
+            if name not in members:
+                self.refuse(f"{where}/required", f"{name!r} is none of the properties")
+        between, colon = map(escaped, self.separators)
+        patterns = {
+            name: escaped(self._text(name, where)) + colon + self.pattern(one, f"{where}/properties/{name}")
+            for name, one in members.items()
+        }
+        # Behind a member there is a separator before each; before the first there is none.
+        tails = [""]
+        for name, pattern in reversed(patterns.items()):
+            tails.insert(0, (between + pattern if name in required else f"(?:{between}{pattern})?") + tails[0])
+        begins, done = [], False
+        for place, (name, pattern) in enumerate(patterns.items()):
+            begins.append(pattern + tails[place + 1])
+            done = name in required
+            if done:
+                break
+        if not begins:
+            return r"\{\}"
+        return r"\{" + (any_of(begins) if done else f"(?:{'|'.join(begins)})?") + r"\}"
+
+
+def pattern_of(schema: Any, separators: tuple[str, str], alphabet: str, source: str) -> str:
+    """A regular expression of the texts that are valid for a schema; see `decal.ValidSet.from_json_schema`."""
+    return Translation(schema, separators, alphabet, source).pattern(schema)

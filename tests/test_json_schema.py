@@ -1,0 +1,224 @@
+"""JSON schemas as valid sets: against jsonschema, on every text that the set of another schema, or a slip, might write."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from typing import Any
+
+import jsonschema
+import pytest
+from pydantic import BaseModel, Field
+
+from decal import DecalError, ValidSet
+from decal.samplers.json_schema import integers
+
+COLOUR = {"enum": ["red", "light green", 'a "b"', "x\\y", "été", 3, 2.5, True, None, ["q", {"r": 1}]]}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "values": COLOUR,
+    "strings among values": {**COLOUR, "type": "string"},
+    "numbers among values": {**COLOUR, "type": ["integer", "null"]},
+    "const": {"const": {"a": [1, 2], "b": "c"}, "title": "one"},
+    "const and enum": {"const": "red", "enum": ["red", "blue"]},
+    "integers": {"type": "integer", "minimum": -12, "maximum": 103},
+    "open integers": {"type": "integer", "exclusiveMinimum": 7, "exclusiveMaximum": 12},
+    "boolean or null": {"type": ["boolean", "null"]},
+    "pattern": {"type": "string", "pattern": "^[ab]{2}-?(c|d)$"},
+    "pattern of alternatives": {"type": "string", "pattern": "^(a|b)[|c]$"},
+    "length": {"type": "string", "minLength": 1, "maxLength": 2},
+    "pair": {"prefixItems": [{"enum": [1, 2]}, {"type": "boolean"}], "minItems": 2, "items": False, "type": "array"},
+    "up to three": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    "one to two": {"type": "array", "items": {"enum": ["a", 1]}, "minItems": 1, "maxItems": 2},
+    "first and more": {
+        "type": "array", "prefixItems": [{"const": 1}, {"const": 2}], "items": {"enum": [3, 4]}, "minItems": 1, "maxItems": 4,
+    },
+    "object": {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green"]}, "n": {"type": "integer", "minimum": 1, "maximum": 12}},
+        "required": ["colour", "n"],
+        "additionalProperties": False,
+    },
+    "optional members": {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}, "b": {"const": None}, "c": {"enum": [1, 2]}, "d": {"const": "x"}},
+        "required": ["c"],
+    },
+    "all optional": {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"const": None}, 'c"': {"enum": [1, 2]}}},
+    "nothing in it": {"type": "object", "properties": {}},
+    "alternatives": {"anyOf": [{"type": "null"}, {"type": "boolean"}, {"enum": ["a", None]}]},
+    "one of": {"oneOf": [{"type": "integer", "minimum": 0, "maximum": 5}, {"type": "boolean"}]},
+    "references": {
+        "$defs": {
+            "side/x": {"enum": ["l", "r"]},
+            "pair": {"type": "array", "prefixItems": [{"$ref": "#/$defs/side~1x"}] * 2, "minItems": 2},
+        },
+        "type": "object",
+        "properties": {"p": {"$ref": "#/$defs/pair"}, "q": {"allOf": [{"$ref": "#/$defs/side~1x"}]}},
+        "required": ["p"],
+    },
+    "nested": {
+        "type": "object",
+        "properties": {
+            "in": {"type": "object", "properties": {"x": {"type": "boolean"}}},
+            "list": {"items": {"const": {}}, "type": "array", "maxItems": 2},
+        },
+        "required": ["in"],
+    },
+}  # fmt: skip
+
+
+def members_in_order(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
+    """Whether objects have declared members only, in their order, where properties say so."""
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1].replace("~1", "/")]
+    if "allOf" in schema:
+        return members_in_order(value, schema["allOf"][0], root)
+    if "enum" in schema or "const" in schema:  # their members in the order given
+        return json.dumps(value) in map(json.dumps, schema.get("enum", [schema.get("const")]))
+    if isinstance(value, dict):
+        known = [name for name in schema.get("properties", {}) if name in value]
+        return known == list(value) and all(members_in_order(value[k], schema["properties"][k], root) for k in known)
+    if isinstance(value, list):
+        first = schema.get("prefixItems", [])
+        of = [*first, *[schema.get("items") or {}] * len(value)]
+        # Items beyond the declared ones would have no end.
+        bounded = len(value) <= len(first) or bool(schema.get("items"))
+        return bounded and all(members_in_order(v, s, root) for v, s in zip(value, of, strict=False))
+    return True
+
+
+def is_valid(text: str, schema: dict[str, Any], letters: str) -> bool:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    written = json.dumps(value, ensure_ascii=False) == text
+    known = schema.get("maxLength") is None or not isinstance(value, str) or set(value) <= set(letters)
+    whole = not isinstance(value, float) or schema.get("type") != "integer"  # 3.0 is an integer, written otherwise
+    return (
+        written
+        and known
+        and whole
+        and jsonschema.Draft202012Validator(schema).is_valid(value)
+        and members_in_order(value, schema, schema)
+    )
+
+
+@pytest.fixture(scope="module")
+def sets() -> dict[str, ValidSet]:
+    return {name: ValidSet.from_json_schema(schema, alphabet='ab"\n') for name, schema in SCHEMAS.items()}
+
+
+@pytest.fixture(scope="module")
+def texts(sets: dict[str, ValidSet]) -> list[str]:
+    """Valid texts of all schemas, each also with a character left out, doubled or replaced, and in other order."""
+    chance, found = random.Random(5), {}
+    for valid in sets.values():
+        for text in valid:
+            found[text] = None
+            for _ in range(12):
+                at = chance.randrange(len(text))
+                other = chance.choice(' ,:"\\{}[]0123456789.abt-')
+                found |= dict.fromkeys(
+                    (text[:at] + text[at + 1 :], text[:at] + text[at] + text[at:], text[:at] + other + text[at + 1 :])
+                )
+            value = json.loads(text)
+            if isinstance(value, dict):
+                found |= {json.dumps(dict(order)): None for order in itertools.permutations(value.items())}
+    return list(found)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_set_is_what_the_schema_validates(name: str, sets: dict[str, ValidSet], texts: list[str]) -> None:
+    wanted = {text for text in texts if is_valid(text, SCHEMAS[name], 'ab"\n')}
+    assert {text for text in texts if text in sets[name]} == wanted
+    assert set(sets[name]) <= wanted
+    assert sets[name].size == len(set(sets[name])) > 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ranges_of_integers(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(60):
+        ends = [chance.choice([-1, 1]) * chance.randrange(10 ** chance.randrange(1, 5)) for _ in range(2)]
+        low, high = min(ends), max(ends)
+        pattern = re.compile(integers(low, high))
+        near = {low - 1, low, low + 1, high - 1, high, high + 1, 0, *(chance.randrange(-20000, 20000) for _ in range(200))}
+        for number in near:
+            assert bool(pattern.fullmatch(str(number))) == (low <= number <= high), (low, high, number)
+        assert not pattern.fullmatch("-0")
+        assert not pattern.fullmatch("007")
+        assert ValidSet.from_regex(f"={pattern.pattern}").size == high - low + 1
+
+
+def test_models_of_pydantic_and_other_separators() -> None:
+    class Person(BaseModel):
+        age: int = Field(ge=18, le=99)
+        job: str = Field(pattern="^(nurse|cook)$")
+        nick: bool | None = None
+
+    valid = ValidSet.from_json_schema(Person, separators=(",", ":"))
+    assert valid.size == 82 * 2 * 4
+    assert '{"age":20,"job":"cook"}' in valid
+    assert all(Person.model_validate_json(text) for text in valid)
+
+
+def test_what_has_properties_is_an_object() -> None:
+    assert set(ValidSet.from_json_schema({"properties": {"a": {"const": 1}}})) == {"{}", '{"a": 1}'}
+    assert set(ValidSet.from_json_schema({"prefixItems": [{"const": 1}]})) == {"[]", "[1]"}
+
+
+def test_sets_too_large_to_list_are_counted() -> None:
+    members = {f"m{i}": {"type": "integer", "minimum": 1, "maximum": 1000} for i in range(9)}
+    assert ValidSet.from_json_schema({"properties": members, "required": list(members)}).size == 1000**9
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "string", "format": "date"}, r"/format: isn't followed here; maxLength, minLength, pattern, type would be$"),
+        ({"properties": {"a": {"type": "number"}}}, "/properties/a: numbers have no end"),
+        ({"type": "integer", "minimum": 3}, "the schema: an integer needs a minimum and a maximum"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "no whole number is from 3 to 2"),
+        ({"type": "integer", "minimum": 3, "maximum": 7.5}, "/maximum: must be a whole number, got 7.5"),
+        ({"type": "integer", "minimum": 3, "maximum": 9, "multipleOf": 2}, "/multipleOf: isn't followed"),
+        ({"type": "string"}, "the schema: has no maxLength, so it has no end"),
+        ({"type": "string", "maxLength": 3}, "of which characters"),
+        *(
+            ({"type": "string", "pattern": pattern}, r"/pattern: must begin with \^ and end with \$")
+            for pattern in ("a", "^a", "a$", "^a|b$", "^(a|b)|c$", "^a\\$", "^", "^[]]|a$", "^[^]|]|a$", "^\\[|a]$")
+        ),
+        ({"type": "string", "pattern": "^a+$"}, "/pattern: the valid set is infinite"),
+        ({"type": "string", "pattern": '^["a]$'}, "may match '\"', which JSON writes otherwise"),
+        ({"type": "string", "pattern": "^.$"}, "accepts every character somewhere"),
+        ({"type": "string", "pattern": "^a$", "maxLength": 3}, "/maxLength: isn't followed"),
+        ({"type": "array", "items": {"const": 1}}, "has no maxItems"),
+        ({"type": "array", "items": {"const": 1}, "maxItems": 2, "uniqueItems": True}, "/uniqueItems: isn't followed"),
+        ({"type": "array", "items": {"const": 1}, "maxItems": 2, "minItems": 3}, "no list has from 3 to 2 items"),
+        ({"type": "array", "items": {"const": 1}, "maxItems": -1}, "/maxItems: must be a whole number of at least 0"),
+        ({"properties": {"a": {"const": 1}}, "required": ["b"]}, "/required: 'b' is none of the properties"),
+        ({"properties": {"a": {"const": 1}}, "additionalProperties": {"const": 2}}, "/additionalProperties: names of members"),
+        ({"properties": {"a": {"const": 1}}, "minProperties": 1}, "/minProperties: isn't followed"),
+        ({"oneOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, "/oneOf: some texts are valid for several"),
+        ({"allOf": [{"const": 1}, {"const": 1}]}, "/allOf: several schemas at once"),
+        ({"anyOf": []}, "/anyOf: must be a list that isn't empty"),
+        ({"anyOf": [{"const": 1}], "type": "integer"}, "/type: isn't followed here"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"const": 1}, {"$ref": "#/$defs/a"}]}}}, "#/.defs/a holds itself"),
+        ({"$ref": "#/$defs/b"}, r"/\$ref: there is no #/\$defs/b"),
+        ({"$ref": "other.json"}, "must begin with #"),
+        ({"enum": ["a"], "type": "integer"}, "/enum: no value is left"),
+        ({"enum": []}, "/enum: must be a list that isn't empty"),
+        ({"enum": [float("nan")]}, "is no value of JSON"),
+        ({"type": "text"}, "type must be one of string, integer"),
+        ({}, "type must be one of"),
+        ({"items": {"const": 1}}, "type must be one of"),
+        ({"type": ["string", "null"], "maximum": 3}, "/maximum: isn't followed"),
+        ({"properties": []}, "properties must be an object"),
+        (["a"], "the schema: must be an object"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_says_where(schema: Any, message: str) -> None:
+    with pytest.raises(DecalError, match=f"JSON schema: .*{message}" if not message.startswith("accepts") else message):
+        ValidSet.from_json_schema(schema)
