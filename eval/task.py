@@ -45,20 +45,29 @@ class Dyck(_Strict):
     pairs: int = Field(ge=1, le=500)
 
 
+class Grammar(_Strict):
+    """The texts of at most ``max_length`` characters that ``rules`` in Lark's notation derive."""
+
+    rules: StrictStr
+    max_length: int = Field(ge=1, le=1000)
+
+
 class Answers(_Strict):
-    """Exactly one of: a ``list``, a ``file`` with one answer per line, a ``regex``, ``json_schema``, ``digits``, ``dyck``."""
+    """Exactly one of: a ``list``, a ``file`` with one answer per line, and the kinds of sets that `ValidSet` has."""
 
     list_: list[StrictStr] | None = Field(default=None, alias="list")
     file: StrictStr | None = None
     regex: StrictStr | None = None
     json_schema: dict[str, Any] | None = None
+    grammar: Grammar | None = None
     digits: Digits | None = None
     dyck: Dyck | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Answers:
-        if sum(v is not None for v in (self.list_, self.file, self.regex, self.json_schema, self.digits, self.dyck)) != 1:
-            raise ValueError("give exactly one of list, file, regex, json_schema, digits and dyck")
+        kinds = (self.list_, self.file, self.regex, self.json_schema, self.grammar, self.digits, self.dyck)
+        if sum(kind is not None for kind in kinds) != 1:
+            raise ValueError("give exactly one of list, file, regex, json_schema, grammar, digits and dyck")
         return self
 
 
@@ -255,6 +264,8 @@ def _valid_set(task: Task, path: Path, where: str) -> ValidSet:
         return ValidSet.from_regex(answers.regex, where)
     if answers.json_schema is not None:
         return ValidSet.from_json_schema(answers.json_schema, source=f"{where}.json_schema")
+    if answers.grammar is not None:
+        return ValidSet.from_grammar(answers.grammar.rules, max_length=answers.grammar.max_length, source=f"{where}.grammar")
     if answers.digits is not None:
         return ValidSet.digits(**answers.digits.model_dump(), source=where)
     if answers.dyck is not None:

@@ -76,8 +76,8 @@ class ValidSet:
         Raises:
             DecalError: it doesn't parse, or matches infinitely many, or nothing, or the empty string.
         """
-        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-            raise DecalError(f"{source}: max_length is a whole number of at least 1, got {max_length!r}")
+        if max_length is not None:
+            _check_length(max_length, source)
         try:
             import interegular
             from interegular.fsm import anything_else
@@ -139,6 +139,24 @@ class ValidSet:
         if callable(getattr(schema, "model_json_schema", None)):
             schema = schema.model_json_schema()
         return cls.from_regex(pattern_of(schema, separators, alphabet, source), source)
+
+    @classmethod
+    def from_grammar(cls, grammar: str, *, max_length: int, start: str = "start", source: str = "grammar") -> ValidSet:
+        """The texts of at most ``max_length`` characters that a context-free grammar derives, each once.
+
+        Args:
+            grammar: in Lark's notation, such as ``start: "a" | "(" start ")" start``. Terminals match as their patterns say;
+                there is no lexer that prefers longer ones.
+            start: the rule of a whole text.
+
+        Raises:
+            DecalError: no grammar; ``%ignore`` or flags of patterns; a rule that begins with itself by way of others; no text,
+                or the empty one; or too many states.
+        """
+        from decal.samplers.grammar import automaton
+
+        _check_length(max_length, source)
+        return cls(*automaton(grammar, start, max_length, source), source)
 
     @classmethod
     def digits(cls, n: int, *, sum_eq: int | None = None, sum_le: int | None = None, source: str = "digits") -> ValidSet:
@@ -262,3 +280,8 @@ class ValidSet:
                         raise DecalError(f"{self.source}: the valid set is infinite; only finite ones can be counted")
                     if after not in self._counts:
                         stack.append((after, False))
+
+
+def _check_length(length: Any, source: str) -> None:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise DecalError(f"{source}: max_length is a whole number of at least 1, got {length!r}")

@@ -332,6 +332,13 @@ def test_phrasings_of_ones_own(tmp_path: Path) -> None:
         load(text, tmp_path, form="completion")
 
 
+def test_json_schemas_and_grammars_as_answers(tmp_path: Path) -> None:
+    schema = "answers:\n  json_schema:\n    properties: {a: {type: boolean}}\n    required: [a]\n"
+    assert load(LABELLED + schema, tmp_path).answers == ('{"a": false}', '{"a": true}')
+    grammar = 'answers:\n  grammar:\n    max_length: 4\n    rules: |\n      start: pair+\n      pair: "(" start? ")"\n'
+    assert sorted(load(LABELLED + grammar, tmp_path).answers) == ["(())", "()", "()()"]
+
+
 def test_balanced_brackets_as_answers(tmp_path: Path) -> None:
     question = load(LABELLED + "answers: {dyck: {pairs: 3}}\n", tmp_path)
     assert sorted(question.answers) == ["((()))", "(()())", "(())()", "()(())", "()()()"]
@@ -344,7 +351,7 @@ def test_balanced_brackets_as_answers(tmp_path: Path) -> None:
         (
             LABELLED + "answers:\n  lists: [a]\n",
             4,
-            "unknown key 'answers.lists' (allowed: list, file, regex, json_schema, digits, dyck)",
+            "unknown key 'answers.lists' (allowed: list, file, regex, json_schema, grammar, digits, dyck)",
         ),
         (
             LABELLED + "answers:\n  digits:\n    n: 2\n    m: 3\n",
@@ -387,9 +394,13 @@ def test_balanced_brackets_as_answers(tmp_path: Path) -> None:
         (
             LABELLED + "answers:\n  list: [a]\n  regex: b\n",
             3,
-            "answers: give exactly one of list, file, regex, json_schema, digits and dyck",
+            "answers: give exactly one of list, file, regex, json_schema, grammar, digits and dyck",
         ),
-        (LABELLED + "answers: {}\n", 3, "answers: give exactly one of list, file, regex, json_schema, digits and dyck"),
+        (
+            LABELLED + "answers: {}\n",
+            3,
+            "answers: give exactly one of list, file, regex, json_schema, grammar, digits and dyck",
+        ),
         (LABELLED + "answers: [a, b]\n", 3, "answers: Input should be a valid dictionary"),
         (LABELLED + "answers:\n  list:\n    - Yes\n", 5, "answers.list.0: Input should be a valid string, got True"),
         (LABELLED + "answers:\n  list:\n    - a\n    - No\n", 6, "answers.list.1: Input should be a valid string, got False"),
@@ -398,6 +409,14 @@ def test_balanced_brackets_as_answers(tmp_path: Path) -> None:
         (LABELLED + "answers:\n  list: [a, b, a]\n", 3, "answers: 'a' is given twice, as answers 1 and 3"),
         (LABELLED + "answers:\n  regex: '('\n", 3, "answers: can't read the regular expression '('"),
         (LABELLED + "answers:\n  regex: 'a+'\n", 3, "answers: the valid set is infinite"),
+        (LABELLED + "answers:\n  json_schema: {type: number}\n", 3, "answers.json_schema: the schema: numbers have no end"),
+        (LABELLED + "answers:\n  json_schema: text\n", 4, "answers.json_schema: Input should be a valid dictionary"),
+        (LABELLED + "answers:\n  grammar: {rules: 'start: (', max_length: 3}\n", 3, "answers.grammar: can't read the grammar"),
+        (
+            LABELLED + "answers:\n  grammar: {rules: 'start: (', max_length: 0}\n",
+            4,
+            "answers.grammar.max_length: Input should be",
+        ),
         (LABELLED + "answers:\n  regex: 'a.'\n", 3, "answers: 'a.' accepts every character somewhere"),
         (LABELLED + "answers:\n  digits: {n: 2, sum_eq: 3, sum_le: 4}\n", 3, "answers: digits needs n >= 1 and at most one of"),
         (LABELLED + "answers:\n  digits: {n: 0}\n", 4, "answers.digits.n: Input should be greater than or equal to 1, got 0"),

@@ -1,0 +1,255 @@
+"""Context-free grammars as automata, for texts up to a length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import takewhile
+from typing import Any
+
+from decal.samplers.errors import DecalError
+
+MOST_STATES = 300_000
+"""Of a grammar's automaton; so many take half a minute."""
+
+Symbol = str | tuple[str, int]
+"""A rule, a terminal, or a terminal of which a part is written: its name and the state of its pattern."""
+Stack = tuple[Symbol, ...]
+"""What is still to be written, the next first."""
+State = tuple[frozenset[Stack], int]
+"""All that may still be written, and how many characters that may be."""
+
+
+class Grammar:
+    """A grammar in Lark's notation (EBNF), whose terminals are written as their patterns say, without a lexer in between.
+
+    A state holds every stack of symbols that a text so far may have left, as a pushdown automaton would that takes all ways at
+    once. So a text is one text, however many ways there are to derive it.
+
+    Raises:
+        DecalError: no grammar, ``%ignore``, flags of patterns, or a rule that begins with itself by way of others.
+    """
+
+    def __init__(self, text: str, start: str, source: str):
+        self.source, self.start = source, start
+        parsed = _parse(text, start, source)
+        self.patterns = {terminal.name: self._pattern(terminal) for terminal in parsed.terminals}
+        self.rules: dict[str, list[tuple[str, ...]]] = {}
+        for rule in parsed.rules:
+            body = tuple(str(symbol.name) for symbol in rule.expansion)
+            bodies = self.rules.setdefault(str(rule.origin.name), [])
+            bodies += [body] if body not in bodies else []
+        self._turn_left_recursion()
+        self._factor()
+        self._merge()
+        self.shortest = self._shortest()
+        self._refuse_left_recursion()
+        self._followers: dict[tuple[str, int], list[tuple[str, int]]] = {}
+        self._states: dict[State, State] = {}
+
+    def _pattern(self, terminal: Any) -> Any:
+        import interegular
+
+        if terminal.pattern.flags:
+            raise DecalError(f"{self.source}: {terminal.name}: flags of a pattern aren't followed; write out both cases")
+        try:
+            return interegular.parse_pattern(terminal.pattern.to_regexp()).to_fsm().reduce()
+        except Exception as error:  # the parser raises many types, none of them documented
+            raise DecalError(f"{self.source}: {terminal.name}: can't read its pattern ({type(error).__name__})") from None
+
+    def _turn_left_recursion(self) -> None:
+        """``a: a x | y`` becomes ``a: y rest`` and ``rest: | x rest``."""
+        for name, bodies in list(self.rules.items()):
+            again = [body[1:] for body in bodies if body[:1] == (name,)]
+            if again:
+                rest = f"{name}'"
+                self.rules[name] = [(*body, rest) for body in bodies if body[:1] != (name,)]
+                self.rules[rest] = [(), *((*body, rest) for body in again if body)]
+
+    def _factor(self) -> None:
+        """``a: x y | x`` becomes ``a: x rest`` and ``rest: y |``, so that what follows x need not be guessed at every x."""
+        open_ = list(self.rules)
+        while open_:
+            name = open_.pop()
+            groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+            for body in self.rules[name]:
+                groups.setdefault(body[:1], []).append(body)
+            self.rules[name] = []
+            for group in groups.values():
+                same = group[0]
+                if len(group) > 1:
+                    same = tuple(symbol for symbol, *_ in takewhile(_is_one, zip(*group, strict=False)))
+                    rest = f"{name}-{len(self.rules)}"
+                    self.rules[rest] = [body[len(same) :] for body in group]
+                    open_.append(rest)
+                    same = (*same, rest)
+                self.rules[name].append(same)
+
+    def _merge(self) -> None:
+        """Rules with the same bodies, up to rules that are the same, become one: stacks of one meaning are one."""
+        for name in self.rules:
+            self.rules[name] = self._without_units(name)
+        kind = dict.fromkeys(self.rules, 0)
+        while True:
+            shapes = {name: (kind[name], frozenset(_renamed(body, kind) for body in self.rules[name])) for name in self.rules}
+            numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes.values()))}
+            finer = {name: numbers[shapes[name]] for name in self.rules}
+            if finer == kind:
+                break
+            kind = finer
+        first = {number: name for name, number in reversed(kind.items())}
+        same = {name: first[number] for name, number in kind.items()}
+        self.start = same[self.start]
+        self.rules = {
+            name: list(dict.fromkeys(_renamed(body, same) for body in bodies))
+            for name, bodies in self.rules.items()
+            if same[name] == name
+        }
+
+    def _without_units(self, name: str) -> list[tuple[str, ...]]:
+        """The bodies of a rule, those that are another rule replaced by its bodies."""
+        found: dict[tuple[str, ...], None] = {}
+        open_, seen = [name], {name}
+        while open_:
+            for body in self.rules[open_.pop(0)]:
+                if len(body) != 1 or body[0] not in self.rules:
+                    found[body] = None
+                elif body[0] not in seen:
+                    seen.add(body[0])
+                    open_.append(body[0])
+        return list(found)
+
+    def _shortest(self) -> dict[str, float]:
+        """Characters that each symbol takes at least."""
+        found = dict.fromkeys(self.rules, float("inf")) | {name: _shortest_text(fsm) for name, fsm in self.patterns.items()}
+        changed = True
+        while changed:
+            changed = False
+            for name, bodies in self.rules.items():
+                least = min((sum(found[symbol] for symbol in body) for body in bodies), default=float("inf"))
+                changed |= least < found[name]
+                found[name] = min(found[name], least)
+        return found
+
+    def _refuse_left_recursion(self) -> None:
+        done: set[str] = set()
+
+        def visit(name: str, path: tuple[str, ...]) -> None:
+            if name in path:
+                way = " ".join([*path[path.index(name) :], name])
+                raise DecalError(f"{self.source}: a rule begins with itself by way of others ({way}); write it as a repetition")
+            if name in done:
+                return
+            for body in self.rules.get(name, ()):
+                for symbol in body:
+                    visit(symbol, (*path, name))
+                    if self.shortest[symbol]:
+                        break
+            done.add(name)
+
+        for name in self.rules:
+            visit(name, ())
+
+    def begin(self, length: int) -> State:
+        """The state before a text of at most so many characters."""
+        return self._state(frozenset({(self.start,)}), length)
+
+    def edges(self, state: State) -> dict[str, State]:
+        """Next characters, and the states they lead to."""
+        stacks, left = state
+        found: dict[str, set[Stack]] = {}
+        for stack in stacks if left else ():
+            for top in stack[:1]:
+                assert isinstance(top, tuple)
+                for symbol, target in self._next(*top):
+                    found.setdefault(symbol, set()).add(((top[0], target), *stack[1:]))
+        return {symbol: self._state(frozenset(after), left - 1) for symbol, after in sorted(found.items())}
+
+    def _next(self, name: str, at: int) -> list[tuple[str, int]]:
+        """Characters that go on with a terminal, and the states of its pattern that they lead to."""
+        if (name, at) not in self._followers:
+            pattern = self.patterns[name]
+            self._followers[name, at] = [
+                (symbol, target)
+                for transition, target in pattern.map.get(at, {}).items()
+                if pattern.islive(target)
+                for symbol in pattern.alphabet.by_transition[transition]
+            ]
+            if not all(isinstance(symbol, str) for symbol, _ in self._followers[name, at]):
+                raise DecalError(f"{self.source}: {name} accepts every character somewhere; write out which ones")
+        return self._followers[name, at]
+
+    @staticmethod
+    def final(state: State) -> bool:
+        """Whether a text may end."""
+        return () in state[0]
+
+    def _state(self, stacks: frozenset[Stack], left: int) -> State:
+        """Rules replaced by what they stand for, until a terminal comes next; what takes too many characters is out."""
+        if (stacks, left) in self._states:
+            return self._states[stacks, left]
+        open_, seen, found = list(stacks), set(stacks), set()
+        while open_:
+            stack = open_.pop()
+            if sum(self._least(symbol) for symbol in stack) > left:
+                continue
+            top = stack[0] if stack else ()
+            if isinstance(top, str) and top in self.rules:
+                more = [(*body, *stack[1:]) for body in self.rules[top]]
+            elif isinstance(top, str):
+                more = [((top, self.patterns[top].initial), *stack[1:])]
+            else:
+                if not top or self._next(*top):
+                    found.add(stack)
+                more = [stack[1:]] if top and top[1] in self.patterns[top[0]].finals else []
+            open_ += [one for one in more if one not in seen]
+            seen.update(more)
+        if len(self._states) >= MOST_STATES:
+            raise DecalError(f"{self.source}: more than {MOST_STATES} states; ask for shorter texts")
+        return self._states.setdefault((stacks, left), (frozenset(found), left))
+
+    def _least(self, symbol: Symbol) -> float:
+        return self.shortest[symbol] if isinstance(symbol, str) else 0
+
+
+def _is_one(symbols: tuple[str, ...]) -> bool:
+    return len(set(symbols)) == 1
+
+
+def _renamed(body: tuple[str, ...], names: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(names.get(symbol, symbol) for symbol in body)
+
+
+def _shortest_text(fsm: Any) -> float:
+    """Characters of the shortest text that a pattern matches."""
+    reached, size = {fsm.initial}, 0
+    seen = set(reached)
+    while reached and not reached & set(fsm.finals):
+        reached = {target for state in reached for target in fsm.map.get(state, {}).values()} - seen
+        seen |= reached
+        size += 1
+    return size if reached else float("inf")
+
+
+def _parse(text: str, start: str, source: str) -> Any:
+    try:
+        from lark import Lark
+        from lark.exceptions import LarkError
+    except ImportError:
+        raise DecalError("grammars need lark: pip install lark") from None
+    if not isinstance(text, str):
+        raise DecalError(f"{source}: a grammar is a text in Lark's notation, got {type(text).__name__}")
+    try:
+        parsed = Lark(text, parser="earley", lexer="dynamic_complete", start=start, maybe_placeholders=False)
+    except LarkError as error:
+        raise DecalError(f"{source}: can't read the grammar: {str(error).strip().splitlines()[0]}") from None
+    if parsed.ignore_tokens:
+        raise DecalError(f"{source}: %ignore isn't followed; put {', '.join(parsed.ignore_tokens)} where it may stand")
+    return parsed
+
+
+def automaton(
+    text: str, start: str, length: int, source: str
+) -> tuple[State, Callable[[State], Mapping[str, Any]], Callable[[State], bool]]:
+    """First state, edges and final states; see `decal.ValidSet.from_grammar`."""
+    grammar = Grammar(text, start, source)
+    return grammar.begin(length), grammar.edges, grammar.final
