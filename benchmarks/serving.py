@@ -58,6 +58,7 @@ CHAIN = "temperature(0.8) | min_p(0.05) | top_k(50) | top_p(0.9)"
 """The same, in the order of vLLM; others differ in which tokens they keep, not in what they have to do."""
 BATCHES = (1, 16, 64)
 LENGTH, ROUNDS = 16, 5
+Measured = tuple[Callable[[int], None], Callable[[int], None]]
 
 
 @click.group()
@@ -109,7 +110,7 @@ def verify(engine: str, generations: int, draws: int, url: str | None, batching:
     sys.exit(not report.ok)
 
 
-def _vllm(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
+def _vllm(live: Any, length: int) -> Measured:
     from vllm import SamplingParams
 
     from decal.serving.vllm import sampling_params
@@ -117,28 +118,28 @@ def _vllm(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
     def run(params: Any, count: int) -> None:
         live.llm.generate(["Once upon a time"] * count, params, use_tqdm=False)
 
-    native = SamplingParams(**NATIVE, max_tokens=LENGTH, ignore_eos=True)
-    ours = sampling_params(CHAIN, max_tokens=LENGTH, ignore_eos=True)
+    native = SamplingParams(**NATIVE, max_tokens=length, ignore_eos=True)
+    ours = sampling_params(CHAIN, max_tokens=length, ignore_eos=True)
     return lambda count: run(native, count), lambda count: run(ours, count)
 
 
-def _transformers(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
+def _transformers(live: Any, length: int) -> Measured:
     import decal
 
     def run(count: int, **kwargs: Any) -> None:
         inputs = live.tokenizer(["Once upon a time"] * count, return_tensors="pt")
-        size = {"min_new_tokens": LENGTH, "max_new_tokens": LENGTH, "pad_token_id": live.tokenizer.eos_token_id}
+        size = {"min_new_tokens": length, "max_new_tokens": length, "pad_token_id": live.tokenizer.eos_token_id}
         live.model.generate(**inputs, **size, **kwargs)
 
     chain = decal.parse(CHAIN)
     return lambda count: run(count, do_sample=True, **NATIVE), lambda count: run(count, **chain.generate_kwargs())
 
 
-def _sglang(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
+def _sglang(live: Any, length: int) -> Measured:
     from decal.serving.sglang import request_fields
 
     prompt = list(live.tokenizer("Once upon a time")["input_ids"])
-    size = {"max_new_tokens": LENGTH, "ignore_eos": True}
+    size = {"max_new_tokens": length, "ignore_eos": True}
 
     def run(count: int, sampling_params: Any, **fields: Any) -> None:
         live._ask({"input_ids": [prompt] * count, "sampling_params": {**sampling_params, **size}, **fields})
@@ -146,18 +147,18 @@ def _sglang(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
     return lambda count: run(count, NATIVE), lambda count: run(count, **request_fields(CHAIN))
 
 
-def _llama_cpp(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
+def _llama_cpp(live: Any, length: int) -> Measured:
     from decal.serving.llama_cpp import NEUTRAL, completion_kwargs
 
     def run(**kwargs: Any) -> None:
         live._llama.reset()
-        live._llama.create_completion("Once upon a time", max_tokens=LENGTH, **kwargs)
+        live._llama.create_completion("Once upon a time", max_tokens=length, **kwargs)
 
     off = {name: values[0] for name, values in NEUTRAL.items()}
     return lambda _: run(**{**off, **NATIVE}), lambda _: run(**completion_kwargs(CHAIN))
 
 
-def _mlx_lm(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
+def _mlx_lm(live: Any, length: int) -> Measured:
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.sample_utils import make_sampler
 
@@ -167,8 +168,8 @@ def _mlx_lm(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
     sampler = make_sampler(NATIVE["temperature"], NATIVE["top_p"], NATIVE["min_p"], top_k=int(NATIVE["top_k"]))
 
     def run(count: int, **kwargs: Any) -> None:
-        generator = BatchGenerator(live._model)
-        generator.insert([prompt] * count, max_tokens=[LENGTH] * count, **kwargs)
+        generator = BatchGenerator(live._model, completion_batch_size=max(count, 32))
+        generator.insert([prompt] * count, max_tokens=[length] * count, **kwargs)
         while generator.next_generated():
             pass
         generator.close()
@@ -176,41 +177,44 @@ def _mlx_lm(live: Any) -> tuple[Callable[[int], None], Callable[[int], None]]:
     return lambda count: run(count, samplers=[sampler] * count), lambda count: run(count, **batch_kwargs(CHAIN, count))
 
 
-MEASURED: dict[str, Callable[[Any], tuple[Callable[[int], None], Callable[[int], None]]]] = {
+MEASURED: dict[str, Callable[[Any, int], Measured]] = {
     "vllm": _vllm,
     "transformers": _transformers,
     "sglang": _sglang,
     "llama_cpp": _llama_cpp,
     "mlx_lm": _mlx_lm,
 }
-LESS = {"llama_cpp": ((1,), "one text at a time"), "mlx_lm": ((1, 16), "not measured, a step takes seconds")}
-"""Batches of engines that aren't measured at all, and why."""
+ALONE = "llama_cpp"
+"""The engine that writes one text at a time."""
 
 
 @cli.command()
 @click.argument("engine", type=click.Choice(sorted(MEASURED)))
-def overhead(engine: str) -> None:
+@click.option("--batch", "batches", type=int, multiple=True, default=BATCHES, show_default=True)
+@click.option("--length", default=LENGTH, show_default=True, help="Tokens of a text.")
+@click.option("--rounds", default=ROUNDS, show_default=True)
+def overhead(engine: str, batches: tuple[int, ...], length: int, rounds: int) -> None:
     """Time whole decoding steps with the engine's own sampler and with a chain, in turns."""
     live = _started(engine)
-    found = []
+    kept = json.loads(RESULTS.read_text()).get(engine, {}).get("overhead", {}) if RESULTS.exists() else {}
+    found = {one["batch"]: one for one in kept.get("steps", ())}
     try:
-        native, ours = MEASURED[engine](live)
-        for count in LESS.get(engine, (BATCHES,))[0]:
+        native, ours = MEASURED[engine](live, length)
+        for count in (1,) if engine == ALONE else batches:
             times: dict[str, list[float]] = {"native": [], "decal": []}
-            for _ in range(ROUNDS + 1):  # the first warms up
+            for _ in range(rounds + 1):  # the first warms up
                 for name, run in (("native", native), ("decal", ours)):
                     start = time.perf_counter()
                     run(count)
-                    times[name].append((time.perf_counter() - start) / LENGTH)
+                    times[name].append((time.perf_counter() - start) / length)
             medians = {name: statistics.median(values[1:]) for name, values in times.items()}
             ratios = [d / n for d, n in zip(times["decal"][1:], times["native"][1:], strict=True)]
             spread = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-            one = {"batch": count, **medians, **spread}
-            click.echo(json.dumps(one))
-            found.append(one)
+            found[count] = {"batch": count, "length": length, "rounds": rounds, **medians, **spread}
+            click.echo(json.dumps(found[count]))
     finally:
         live.close()
-    _keep(engine, overhead={"chain": CHAIN, "native": NATIVE, "length": LENGTH, "rounds": ROUNDS, "steps": found})
+    _keep(engine, overhead={"chain": CHAIN, "native": NATIVE, "steps": [found[count] for count in sorted(found)]})
 
 
 @cli.command()
@@ -255,13 +259,14 @@ def _overhead(kept: dict[str, Any]) -> str:
     for name, found in kept.items():
         if "overhead" in found:
             steps = {one["batch"]: one for one in found["overhead"]["steps"]}
-            cells = [_timed(steps[count]) if count in steps else LESS[name][1] for count in BATCHES]
+            cells = [_timed(steps[count]) if count in steps else "one text at a time" for count in BATCHES]
             lines.append([name, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _timed(one: dict[str, Any]) -> str:
-    return f"{one['ratio']:.3f} ({one['lowest']:.2f} to {one['highest']:.2f}; {one['native'] * 1e3:.1f} ms)"
+    less = "" if (one["rounds"], one["length"]) == (ROUNDS, LENGTH) else f"; {one['rounds']} rounds of {one['length']} tokens"
+    return f"{one['ratio']:.3f} ({one['lowest']:.2f} to {one['highest']:.2f}; {one['native'] * 1e3:.1f} ms{less})"
 
 
 if __name__ == "__main__":
