@@ -21,7 +21,7 @@ from __future__ import annotations
 import ctypes
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -142,7 +142,7 @@ def processor(
     chain: Chain | str,
     *,
     seed: int | None = None,
-    answers: Sequence[str] | None = None,
+    answers: Iterable[str] | None = None,
     regex: str | None = None,
     logit_bias: Mapping[int, float] | None = None,
     tokenizer: Any = None,
@@ -167,7 +167,7 @@ def completion_kwargs(
     chain: Chain | str,
     *,
     seed: int | None = None,
-    answers: Sequence[str] | None = None,
+    answers: Iterable[str] | None = None,
     regex: str | None = None,
     logit_bias: Mapping[int, float] | None = None,
     tokenizer: Any = None,

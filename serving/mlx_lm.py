@@ -14,7 +14,7 @@ Chains run on the CPU, so every step waits for the logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def logits_processor(
     chain: Chain | str,
     *,
     seed: int | None = None,
-    answers: Sequence[str] | None = None,
+    answers: Iterable[str] | None = None,
     regex: str | None = None,
     tokenizer: Any = None,
 ) -> Processor:
@@ -146,7 +146,7 @@ def generate_kwargs(
     chain: Chain | str,
     *,
     seed: int | None = None,
-    answers: Sequence[str] | None = None,
+    answers: Iterable[str] | None = None,
     regex: str | None = None,
     tokenizer: Any = None,
     **kwargs: Any,
@@ -182,7 +182,7 @@ def batch_kwargs(
     prompts: int | None = None,
     *,
     seeds: Sequence[int | None] | None = None,
-    answers: Sequence[str] | None = None,
+    answers: Iterable[str] | None = None,
     regex: str | None = None,
     tokenizer: Any = None,
 ) -> dict[str, Any]:

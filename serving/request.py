@@ -113,6 +113,7 @@ def as_params(
     """The keys and values of a request for ``chain``, checked: what a client sends. See `KEYS`.
 
     Args:
+        answers: a list, or a `ValidSet`, which is listed here.
         regex: a regular expression of the answers. It is listed here, as a pattern can be made to keep a server busy.
 
     Raises:
@@ -121,7 +122,9 @@ def as_params(
     if regex is not None and answers is not None:
         raise DecalError("answers and regex: give one of them")
     if regex is not None:
-        answers = list(_bounded(ValidSet.from_regex(regex)))
+        answers = ValidSet.from_regex(regex)
+    if isinstance(answers, ValidSet):
+        answers = list(_bounded(answers))
     params = {
         "decal": str(chain) if isinstance(chain, Chain) else chain,
         "decal_seed": seed,

@@ -43,7 +43,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -77,7 +77,7 @@ DROPPED = -1e30
 
 
 def request_fields(
-    chain: Chain | str, *, seed: int | None = None, answers: Sequence[str] | None = None, regex: str | None = None
+    chain: Chain | str, *, seed: int | None = None, answers: Iterable[str] | None = None, regex: str | None = None
 ) -> dict[str, Any]:
     """Fields of a request to ``/generate``, or arguments of ``Engine.generate``, under which the chain alone decides the
     distribution. Needs neither SGLang nor dill; add yours to its ``sampling_params`` (``max_new_tokens``).

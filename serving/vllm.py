@@ -20,7 +20,7 @@ logits owe to the batch. Without it vLLM draws, with its own ``seed`` if there i
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
@@ -56,7 +56,7 @@ def sampling_params(
     chain: Chain | str,
     *,
     seed: int | None = None,
-    answers: Sequence[str] | None = None,
+    answers: Iterable[str] | None = None,
     regex: str | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -78,7 +78,7 @@ def sampling_params(
 
 
 def request_fields(
-    chain: Chain | str, *, seed: int | None = None, answers: Sequence[str] | None = None, regex: str | None = None
+    chain: Chain | str, *, seed: int | None = None, answers: Iterable[str] | None = None, regex: str | None = None
 ) -> dict[str, Any]:
     """Fields of a request to vLLM's server under which the chain alone decides the distribution; for the OpenAI client they are
     ``extra_body``. Needs no vLLM. Arguments and errors as in `sampling_params`."""

@@ -16,7 +16,7 @@ import torch
 from replay import CHAINS, VOCABULARY, law, row
 from tiny import byte_level
 
-from decal import DecalError, parse
+from decal import DecalError, ValidSet, parse
 from decal.serving.batch import Member, grouped, histories, process
 from decal.serving.request import KEYS, MOST_STEPS, NEUTRAL, Request, as_params, beside
 from decal.serving.vllm import _Processor, request_fields
@@ -83,6 +83,10 @@ def test_a_client_sends_what_the_server_reads():
 
 def test_a_regular_expression_is_listed_by_the_client():
     assert sorted(as_params("guided(1)", regex="[ab]c?")["decal_answers"]) == ["a", "ac", "b", "bc"]
+    schema = ValidSet.from_json_schema({"enum": ["x", 3]})
+    assert sorted(as_params("guided(1)", answers=schema)["decal_answers"]) == ['"x"', "3"]
+    with pytest.raises(DecalError, match="a request may have 10000 answers, got 1000000000000"):  # not listed before
+        as_params("guided(1)", answers=ValidSet.digits(12))
     for regex, message in (("a*", "infinite"), ("[a-z]{3}", "may have 10000 answers, got 17576"), ("(", "regex")):
         with pytest.raises(DecalError, match=message):
             as_params("guided(1)", regex=regex)

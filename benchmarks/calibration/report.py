@@ -6,6 +6,7 @@ python benchmarks/calibration/report.py results/smollm2 results/gemma3-270m --sh
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -247,16 +248,35 @@ def shots_table(few: Runs, many: Runs) -> str:
     return said + table(headings, rows)
 
 
+def signals_table(files: Sequence[Path]) -> str:
+    """What signals.py found: average precisions, and what each gains over the log-probability."""
+    found = [json.loads(file.read_text()) for file in files]
+    parts = []
+    for part, said in (("prefixes", "At prefixes of answers"), ("first tokens", "At first tokens")):
+        rows = []
+        for signal in found[0][part]:
+            row = [signal]
+            for one in found:
+                own, plain = (np.array(list(one[part][name].values()))[:, None] for name in (signal, "log-probability"))
+                row += [mean(own), "–" if signal == "log-probability" else mean(own - plain)]
+            rows.append(row)
+        sizes = " and ".join(f"{len(one[part]['log-probability'])} tasks with {one['model']}" for one in found)
+        headings = [said, *(heading for one in found for heading in (one["model"], "gain over the first line"))]
+        parts.append(f"{table(headings, rows)}\n\n{sizes}.")
+    return "\n\n".join(parts)
+
+
 @click.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--shots", type=click.Path(path_type=Path, exists=True), help="Baselines on prompts with more exemplars.")
 @click.option("--examples", type=click.Path(path_type=Path, exists=True), help="What examples.py printed.")
+@click.option("--signals", multiple=True, type=click.Path(path_type=Path, exists=True), help="What signals.py wrote.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
-def main(folders: tuple[Path, ...], shots: Path | None, examples: Path | None, out: Path) -> None:
+def main(folders: tuple[Path, ...], shots: Path | None, examples: Path | None, signals: tuple[Path, ...], out: Path) -> None:
     """Write calibration.md."""
-    intro = (
-        (Path(__file__).parent / "page.md").read_text().replace("@EXAMPLES@", examples.read_text() if examples else "Not made.")
-    )
+    intro = (Path(__file__).parent / "page.md").read_text()
+    intro = intro.replace("@EXAMPLES@", examples.read_text().rstrip() if examples else "Not made.")
+    intro = intro.replace("@SIGNALS@", signals_table(signals) if signals else "Not made.")
     parts = []
     for folder in folders:
         runs = Runs.read(folder)
