@@ -586,8 +586,8 @@ class Chain:
                 logits themselves owe to the batch (models round differently for other batch sizes). Say ``pad_token_id`` where
                 the batch is padded. Scores that ``generate`` returns are 0 for the token drawn and -inf for others;
                 ``output_logits=True`` has the model's. Can't go with beams.
-            kwargs: added as they are (``max_new_tokens=20``). A chain that follows answers adds the tokenizer's end token, and
-                refuses ``max_new_tokens`` that the longest answer exceeds.
+            kwargs: added as they are (``max_new_tokens=20``). A chain that follows answers adds the tokenizer's end token and
+                ``max_new_tokens``, what the longest answer takes, and refuses what would cut an answer.
 
         Raises:
             DecalError: a keyword would reshape the distribution beside the chain, or doesn't go with ``direct``; or the chain

@@ -91,7 +91,10 @@ def _following(guide: Guide, kwargs: dict[str, Any]) -> dict[str, Any]:
     given = kwargs.get("max_new_tokens")
     if isinstance(given, int) and given < guide.longest:
         raise DecalError(f"generate_kwargs: the longest answer takes {guide.longest} tokens, got max_new_tokens={given}")
-    return ({"eos_token_id": list(guide.stop)} if guide.stop else {}) | kwargs
+    for name in ("max_length", "max_time", "stop_strings", "min_new_tokens", "min_length"):
+        if kwargs.get(name):
+            raise DecalError(f"generate_kwargs: {name} would end an answer in the middle, or go on behind it; leave it out")
+    return ({"eos_token_id": list(guide.stop)} if guide.stop else {}) | {"max_new_tokens": guide.longest} | kwargs
 
 
 def _direct(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any
 
 from decal.samplers.errors import DecalError
+from decal.samplers.valid_set import automaton_of
 
 MOST_STATES = 300_000
 """Of a grammar's automaton; so many take half a minute."""
+MOST_STACKS = 5_000
+"""In a state."""
 
 Symbol = str | tuple[str, int]
 """A rule, a terminal, or a terminal of which a part is written: its name and the state of its pattern."""
@@ -38,23 +42,73 @@ class Grammar:
             body = tuple(str(symbol.name) for symbol in rule.expansion)
             bodies = self.rules.setdefault(str(rule.origin.name), [])
             bodies += [body] if body not in bodies else []
+        unknown = {s for bodies in self.rules.values() for body in bodies for s in body} - {*self.rules, *self.patterns}
+        if unknown:
+            raise DecalError(f"{source}: {', '.join(sorted(unknown))} has no pattern")
+        self._drop_empty()
+        self._break_circles()
+        self._drop_unused()
         self._turn_left_recursion()
+        self.shortest = self._shortest()
+        self._refuse_left_recursion()
         self._factor()
         self._merge()
         self.shortest = self._shortest()
-        self._refuse_left_recursion()
         self._followers: dict[tuple[str, int], list[tuple[str, int]]] = {}
         self._states: dict[State, State] = {}
 
     def _pattern(self, terminal: Any) -> Any:
-        import interegular
-
         if terminal.pattern.flags:
-            raise DecalError(f"{self.source}: {terminal.name}: flags of a pattern aren't followed; write out both cases")
-        try:
-            return interegular.parse_pattern(terminal.pattern.to_regexp()).to_fsm().reduce()
-        except Exception as error:  # the parser raises many types, none of them documented
-            raise DecalError(f"{self.source}: {terminal.name}: can't read its pattern ({type(error).__name__})") from None
+            flags = "".join(sorted(terminal.pattern.flags))
+            pattern = terminal.pattern.to_regexp()
+            raise DecalError(f"{self.source}: the flag {flags} of {pattern} isn't followed; write out what it means")
+        return automaton_of(terminal.pattern.to_regexp(), self.source)
+
+    def _drop_empty(self) -> None:
+        """A rule that may stand for nothing is left out where it does, and stands for something where it doesn't."""
+        empty: set[str] = set()
+        while more := {name for name, bodies in self.rules.items() if any(empty.issuperset(body) for body in bodies)} - empty:
+            empty |= more
+        if self.start in empty:
+            raise DecalError(f"{self.source}: the empty string can't be an answer")
+        for name, bodies in self.rules.items():
+            found: dict[tuple[str, ...], None] = {}
+            for body in bodies:
+                shorter: dict[tuple[str, ...], None] = {(): None}
+                for symbol in body:
+                    shorter = {
+                        (*one, *more): None
+                        for one in shorter
+                        for more in (((symbol,), ()) if symbol in empty else ((symbol,),))
+                    }
+                    if len(shorter) > MOST_STACKS:
+                        raise DecalError(f"{self.source}: too many parts of {name} may be left out")
+                found |= shorter
+            self.rules[name] = [body for body in found if body]
+
+    def _break_circles(self) -> None:
+        """Rules that are names of each other become what they stand for."""
+        for name in self.rules:
+            others = {body[0] for body in self.rules[name] if len(body) == 1 and body[0] in self.rules}
+            reached, open_ = set(others), list(others)
+            while open_:
+                new = {body[0] for body in self.rules[open_.pop()] if len(body) == 1 and body[0] in self.rules} - reached
+                reached |= new
+                open_ += new
+            if name in reached:
+                self.rules[name] = self._without_units(name)
+
+    def _drop_unused(self) -> None:
+        """Rules that no text is derived with don't matter."""
+        least = self._shortest()
+        alive = {name: [b for b in bodies if sum(least[s] for s in b) < float("inf")] for name, bodies in self.rules.items()}
+        reached, open_ = {self.start}, [self.start]
+        while open_:
+            for body in alive.get(open_.pop(), ()):
+                new = set(body) & alive.keys() - reached
+                reached |= new
+                open_ += new
+        self.rules = {name: bodies for name, bodies in alive.items() if name in reached}
 
     def _turn_left_recursion(self) -> None:
         """``a: a x | y`` becomes ``a: y rest`` and ``rest: | x rest``."""
@@ -86,8 +140,7 @@ class Grammar:
 
     def _merge(self) -> None:
         """Rules with the same bodies, up to rules that are the same, become one: stacks of one meaning are one."""
-        for name in self.rules:
-            self.rules[name] = self._without_units(name)
+        self._inline_names()
         kind = dict.fromkeys(self.rules, 0)
         while True:
             shapes = {name: (kind[name], frozenset(_renamed(body, kind) for body in self.rules[name])) for name in self.rules}
@@ -104,6 +157,10 @@ class Grammar:
             for name, bodies in self.rules.items()
             if same[name] == name
         }
+
+    def _inline_names(self) -> None:
+        """``a: b`` becomes ``a:`` and what b is."""
+        self.rules = {name: self._without_units(name) for name in self.rules}
 
     def _without_units(self, name: str) -> list[tuple[str, ...]]:
         """The bodies of a rule, those that are another rule replaced by its bodies."""
@@ -135,8 +192,8 @@ class Grammar:
 
         def visit(name: str, path: tuple[str, ...]) -> None:
             if name in path:
-                way = " ".join([*path[path.index(name) :], name])
-                raise DecalError(f"{self.source}: a rule begins with itself by way of others ({way}); write it as a repetition")
+                way = " ".join(part.rstrip("'") for part in [*path[path.index(name) :], name])
+                raise DecalError(f"{self.source}: a rule begins with itself by way of others: {way}; write it as a repetition")
             if name in done:
                 return
             for body in self.rules.get(name, ()):
@@ -192,6 +249,8 @@ class Grammar:
             stack = open_.pop()
             if sum(self._least(symbol) for symbol in stack) > left:
                 continue
+            if len(seen) > MOST_STACKS:
+                raise DecalError(f"{self.source}: a text may be derived in too many ways at once; ask for shorter texts")
             top = stack[0] if stack else ()
             if isinstance(top, str) and top in self.rules:
                 more = [(*body, *stack[1:]) for body in self.rules[top]]
@@ -233,17 +292,21 @@ def _shortest_text(fsm: Any) -> float:
 def _parse(text: str, start: str, source: str) -> Any:
     try:
         from lark import Lark
-        from lark.exceptions import LarkError
     except ImportError:
         raise DecalError("grammars need lark: pip install lark") from None
-    if not isinstance(text, str):
-        raise DecalError(f"{source}: a grammar is a text in Lark's notation, got {type(text).__name__}")
+    if not isinstance(text, str) or not isinstance(start, str):
+        raise DecalError(
+            f"{source}: a grammar is a text in Lark's notation, and start a name, got {text!r:.80} and {start!r:.80}"
+        )
+    if re.search(r"^\s*%import\s+(?!common\.)", text, flags=re.MULTILINE):
+        raise DecalError(f"{source}: %import takes from Lark's own common, not from files")
     try:
         parsed = Lark(text, parser="earley", lexer="dynamic_complete", start=start, maybe_placeholders=False)
-    except LarkError as error:
-        raise DecalError(f"{source}: can't read the grammar: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # it passes on whatever its parts raise
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise DecalError(f"{source}: can't read the grammar: {said or type(error).__name__}") from None
     if parsed.ignore_tokens:
-        raise DecalError(f"{source}: %ignore isn't followed; put {', '.join(parsed.ignore_tokens)} where it may stand")
+        raise DecalError(f"{source}: %ignore isn't followed; put what it names where it may stand")
     return parsed
 
 

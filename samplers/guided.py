@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ class Guide:
         """Of answers in the tokenizer's own spelling, which are to be the whole generated text.
 
         Args:
-            answers: a list of texts, or a `ValidSet` such as ``ValidSet.from_regex("[1-9][0-9]?")``, of any size.
+            answers: a list of texts, or a `ValidSet` such as ``ValidSet.from_regex("[1-9][0-9]?")``.
             tokenizer: a fast tokenizer of transformers, byte-level or SentencePiece.
             ends: what may stand behind an answer: texts with which a token begins, and ``<eos>``, the tokenizer's end token;
                 nothing, if no answer begins with another. All tokens that begin so share the probability of ending, also those
@@ -59,6 +59,10 @@ class Guide:
             DecalError: no tokenizer; the set is empty, or too large to follow; an answer can't be written; or ends can't tell
                 answers apart.
         """
+        if isinstance(answers, Mapping) or hasattr(answers, "model_json_schema"):
+            raise DecalError(
+                "answers are a list of texts or a ValidSet; of a JSON schema ValidSet.from_json_schema(...) makes one"
+            )
         if isinstance(answers, (str, bytes)) or not isinstance(answers, (ValidSet, Iterable)):
             raise DecalError(f"answers are a list of texts or a ValidSet, such as ValidSet.from_regex(...), got {answers!r}")
         if isinstance(ends, str) or not isinstance(ends, Sequence) or not all(isinstance(end, str) for end in ends):
@@ -74,6 +78,9 @@ class Guide:
         if valid.size <= MOST_ANSWERS:
             trie, _ = builder.build(valid, policy)
         else:
+            special = next((text for text in tokenizer.all_special_tokens if valid.may_contain(text)), None)
+            if special is not None:
+                raise DecalError(f"{valid.source}: an answer has {special!r} in it, which is a special token, no text")
             trie = TokenGraph.of(valid, vocabulary, _encode(tokenizer), builder.ends(policy), leading_space)
         if not (trie.ends or eos):
             raise DecalError("answers without an end need a tokenizer with an end token, which is written behind them")

@@ -5,12 +5,15 @@ Every keyword is followed or refused; none is left out silently.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 from decal.samplers.errors import DecalError
+from decal.samplers.valid_set import ValidSet, bare
 
 ANNOTATIONS = (
     "$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated",
@@ -40,6 +43,13 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "object": ("properties", "required", "additionalProperties"),
 }
 """What is followed for each type."""
+
+HINTS = {
+    "format": "a pattern in its place can say it",
+    "uniqueItems": "list the arrays in an enum",
+    "multipleOf": "list the numbers in an enum",
+}
+"""What to do instead."""
 
 
 def escaped(text: str) -> str:
@@ -83,13 +93,12 @@ def _digits(low: str, high: str) -> str:
 
 def _anchored(pattern: str) -> bool:
     """Whether a pattern matches nothing but whole texts: ``^a|b$`` is ``^a`` or ``b$``."""
-    bare = re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)  # without escapes and classes
-    depth = 0
-    for character in bare:
+    plain, depth = bare(pattern), 0
+    for character in plain:
         depth += (character == "(") - (character == ")")
-        if character == "|" and not depth:
+        if depth < 0 or (character == "|" and not depth):
             return False
-    return bare.startswith("^") and bare.endswith("$") and len(bare) > 1
+    return plain.startswith("^") and plain.endswith("$") and len(plain) > 1
 
 
 def _times(count: int) -> str:
@@ -117,7 +126,10 @@ class Translation:
     def pattern(self, schema: Any, where: str = "") -> str:
         """A regular expression of the texts that are valid for a part of the schema, which stands at ``where``."""
         if not isinstance(schema, Mapping):
-            self.refuse(where, f"must be an object, got {schema!r}")
+            hint = "; json.loads makes one of a text" if isinstance(schema, (str, bytes)) else ""
+            self.refuse(where, f"must be an object, got {str(schema)[:80]!r}{hint}")
+        if "$id" in schema and where:
+            self.refuse(f"{where}/$id", "isn't followed, as it changes what references are to")
         given = {key: value for key, value in schema.items() if key not in ANNOTATIONS}
         for key, follow in (("$ref", self._ref), ("anyOf", self._any_of), ("oneOf", self._one_of), ("allOf", self._all_of)):
             if key in given:
@@ -126,20 +138,27 @@ class Translation:
         if "const" in given or "enum" in given:
             return self._values(given, where)
         wanted = given.get("type", "object" if "properties" in given else "array" if "prefixItems" in given else None)
-        kinds = [kind for kind in (wanted if isinstance(wanted, list) else [wanted]) if isinstance(kind, str) and kind in TYPES]
-        if not kinds or kinds != (wanted if isinstance(wanted, list) else [wanted]):
-            self.refuse(where, f"type must be one of {', '.join(TYPES)}, or a list of them, got {wanted!r}")
+        kinds = self._kinds(wanted, where)
         if len(kinds) > 1:
             of_kind = {name: {key: v for key, v in given.items() if key in words} for name, words in KEYWORDS.items()}
             self._known(given, where, {"type"}.union(*(KEYWORDS[kind] for kind in kinds)))
             return any_of([self.pattern({**of_kind[kind], "type": kind}, where) for kind in kinds])
-        self._known(given, where, {"type", *KEYWORDS[kinds[0]]})
+        if kinds != ["number"]:  # which is refused whatever else is said of it
+            self._known(given, where, {"type", *KEYWORDS[kinds[0]]})
         return getattr(self, f"_{kinds[0]}")(given, where)
+
+    def _kinds(self, wanted: Any, where: str) -> list[str]:
+        kinds = wanted if isinstance(wanted, list) else [wanted]
+        if not kinds or not all(isinstance(kind, str) and kind in TYPES for kind in kinds):
+            self.refuse(where, f"type must be one of {', '.join(TYPES)}, or a list of them, got {wanted!r}")
+        return kinds
 
     def _known(self, given: Mapping[str, Any], where: str, allowed: set[str]) -> None:
         for key in given:
             if key not in allowed:
-                self.refuse(f"{where}/{key}", f"isn't followed here; {', '.join(sorted(allowed))} would be")
+                near = difflib.get_close_matches(key, allowed, n=1)
+                hint = f"did you mean {near[0]}?" if near else HINTS.get(key, f"{', '.join(sorted(allowed))} would be")
+                self.refuse(f"{where}/{key}", f"isn't followed here; {hint}")
 
     def _size(self, given: Mapping[str, Any], where: str, key: str, default: int | None) -> int:
         value = given.get(key, default)
@@ -152,20 +171,28 @@ class Translation:
     # ---- references and alternatives
 
     def _ref(self, ref: Any, where: str) -> str:
-        if not isinstance(ref, str) or not ref.startswith("#"):
-            self.refuse(where, f"must begin with #, in this schema, got {ref!r}")
+        found = self._find(ref, where)
         if ref in self._open:
             self.refuse(where, f"{ref} holds itself, so it has no end")
-        found = self.root
-        for step in ref[1:].split("/")[1:]:
-            name = step.replace("~1", "/").replace("~0", "~")
-            if not isinstance(found, Mapping) or name not in found:
-                self.refuse(where, f"there is no {ref}")
-            found = found[name]
         self._open.append(ref)
         pattern = self.pattern(found, ref)
         self._open.pop()
         return pattern
+
+    def _find(self, ref: Any, where: str) -> Any:
+        """What a reference is to."""
+        if not isinstance(ref, str) or not re.match("#(/|$)", ref):
+            self.refuse(where, f"must begin with #/, in this schema, got {ref!r}")
+        found = self.root
+        for step in unquote(ref[1:]).split("/")[1:]:
+            name = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            elif isinstance(found, Mapping) and name in found:
+                found = found[name]
+            else:
+                self.refuse(where, f"there is no {ref}")
+        return found
 
     def _list(self, given: Any, where: str) -> list[Any]:
         if not isinstance(given, list) or not given:
@@ -176,13 +203,35 @@ class Translation:
         return any_of([self.pattern(one, f"{where}/{i}") for i, one in enumerate(self._list(given, where))])
 
     def _one_of(self, given: Any, where: str) -> str:
-        from decal.samplers.valid_set import ValidSet
+        parts = self._list(given, where)
+        for i, one in enumerate(parts):
+            for other in parts[:i]:
+                if not self._apart(one, other):
+                    self.refuse(where, "can't tell that nothing is valid for several; use anyOf if one of them is enough")
+        return self._any_of(given, where)
 
-        patterns = [self.pattern(one, f"{where}/{i}") for i, one in enumerate(self._list(given, where))]
-        both = any_of(patterns)
-        if ValidSet.from_regex(both).size != sum(ValidSet.from_regex(one).size for one in patterns):
-            self.refuse(where, "some texts are valid for several, so for none; use anyOf if one of them is enough")
-        return both
+    def _apart(self, one: Any, other: Any) -> bool:
+        """Whether it is certain that no value is valid for both of two schemas."""
+        one, other = self._resolved(one), self._resolved(other)
+        values = [_values_of(schema) for schema in (one, other)]
+        if values[0] is not None and values[1] is not None:
+            return not any(_same(x, y) for x in values[0] for y in values[1])
+        if not _kinds_of(one) & _kinds_of(other):
+            return True
+        # Alternatives of objects that say which one they are.
+        named = [{n: s.get("properties", {}).get(n) for n in s.get("required", ())} for s in (one, other)]
+        shared = named[0].keys() & named[1].keys()
+        objects = all(_kinds_of(schema) == {"object"} for schema in (one, other))
+        return objects and any(
+            named[0][name] and named[1][name] and self._apart(named[0][name], named[1][name]) for name in shared
+        )
+
+    def _resolved(self, schema: Any) -> dict[str, Any]:
+        for _ in range(100):
+            if not isinstance(schema, Mapping) or "$ref" not in schema:
+                break
+            schema = self._find(schema["$ref"], "")
+        return dict(schema) if isinstance(schema, Mapping) else {}
 
     def _all_of(self, given: Any, where: str) -> str:
         if len(self._list(given, where)) > 1:
@@ -201,12 +250,11 @@ class Translation:
         self._known(given, where, {"const", "enum", "type"})
         key = "const" if "const" in given else "enum"
         values = [given["const"]] if key == "const" else self._list(given["enum"], f"{where}/enum")
-        kinds = given.get("type", list(TYPES))
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        values = [value for value in values if any(kind in TYPES and TYPES[kind](value) for kind in kinds)]
-        texts = list(dict.fromkeys(self._text(value, f"{where}/{key}") for value in values))
+        kinds = self._kinds(given.get("type", list(TYPES)), where)
         if key == "const" and "enum" in given:
-            texts = [text for text in texts if text in {self._text(one, where) for one in self._list(given["enum"], where)}]
+            values = [value for value in values if any(_same(value, one) for one in self._list(given["enum"], where))]
+        written = [(value, self._text(value, f"{where}/{key}")) for value in values]
+        texts = list(dict.fromkeys(text for value, text in written if any(TYPES[kind](value) for kind in kinds)))
         if not texts:
             self.refuse(f"{where}/{key}", "no value is left of those and the type asked for")
         return any_of([escaped(text) for text in texts])
@@ -228,32 +276,39 @@ class Translation:
         highs = [given[key] - extra for key, extra in (("maximum", 0), ("exclusiveMaximum", 1)) if key in given]
         if not lows or not highs:
             self.refuse(where, "an integer needs a minimum and a maximum, or it has no end")
+        if max(*lows, *highs, key=abs) > 10**30 or min(*lows, *highs) < -(10**30):
+            self.refuse(where, "an integer may have 30 digits")
         if max(lows) > min(highs):
             self.refuse(where, f"no whole number is from {max(lows)} to {min(highs)}")
         return integers(max(lows), min(highs))
 
     def _string(self, given: Mapping[str, Any], where: str) -> str:
         if "pattern" in given:
-            self._known(given, where, {"type", "pattern"})
+            for key in ("minLength", "maxLength"):
+                if key in given:
+                    self.refuse(f"{where}/{key}", "isn't followed beside a pattern; say it there, as ^[a-z]{1,4}$ does")
             return f'"{self._inner(given["pattern"], f"{where}/pattern")}"'
         low, high = self._size(given, where, "minLength", 0), self._size(given, where, "maxLength", None)
         if not self.alphabet:
             self.refuse(where, "of which characters? Give alphabet=, or a pattern")
         if low > high:
             self.refuse(where, f"no text has from {low} to {high} characters")
-        letters = "|".join(escaped(self._text(letter, where)[1:-1]) for letter in dict.fromkeys(self.alphabet))
+        written = [self._text(letter, where)[1:-1] for letter in dict.fromkeys(self.alphabet)]
+        single = "".join(escaped(letter) for letter in written if len(letter) == 1)
+        letters = "|".join([*([f"[{single}]"] if single else []), *(escaped(letter) for letter in written if len(letter) > 1)])
         return f'"(?:{letters}){{{low},{high}}}"'
 
     def _inner(self, pattern: Any, where: str) -> str:
-        from decal.samplers.valid_set import ValidSet
-
         if not isinstance(pattern, str) or not _anchored(pattern):
             self.refuse(
                 where,
                 f"must begin with ^ and end with $, and have | in brackets only, or others may stand around, got {pattern!r}",
             )
         # The sign in front is for those that match nothing at all.
-        inner = ValidSet.from_regex(f"-(?:{pattern[1:-1]})", f"{self.source}: {where}")
+        try:
+            inner = ValidSet.from_regex(f"-(?:{pattern[1:-1]})", "")
+        except DecalError as error:
+            self.refuse(where, str(error)[2:].replace(f"-(?:{pattern[1:-1]})", pattern))
         odd = sorted({c for c in inner.characters if c in '"\\' or ord(c) < 32})
         if odd:
             self.refuse(where, f"may match {odd[0]!r}, which JSON writes otherwise")
@@ -290,8 +345,11 @@ class Translation:
         members, required = given.get("properties", {}), given.get("required", [])
         if not isinstance(members, Mapping) or not isinstance(required, list):
             self.refuse(where, "properties must be an object and required a list")
-        if isinstance(given.get("additionalProperties", False), Mapping):
-            self.refuse(f"{where}/additionalProperties", "names of members must be known")
+        for name in [*members, *required]:
+            if not isinstance(name, str):
+                self.refuse(where, f"names of members must be texts, got {name!r}")
+        if not isinstance(given.get("additionalProperties", False), bool):
+            self.refuse(f"{where}/additionalProperties", "must be true or false, as names of members must be known")
         for name in required:
             if name not in members:
                 self.refuse(f"{where}/required", f"{name!r} is none of the properties")
@@ -315,6 +373,43 @@ class Translation:
         return r"\{" + (any_of(begins) if done else f"(?:{'|'.join(begins)})?") + r"\}"
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of JSON are equal: 1 is 1.0, and isn't true."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def _kinds_of(schema: Mapping[str, Any]) -> set[str]:
+    """Types that values of a schema may have; integers are numbers."""
+    given = schema.get("type", list(TYPES))
+    values = _values_of(schema)
+    if values is not None:
+        given = [next((kind for kind, has in TYPES.items() if has(value)), "") for value in values]
+    return {"number" if kind == "integer" else kind for kind in (given if isinstance(given, list) else [given])}
+
+
+def _values_of(schema: Mapping[str, Any]) -> list[Any] | None:
+    """The values of a schema, or more, where it lists them."""
+    if "const" in schema:
+        return [schema["const"]]
+    if isinstance(schema.get("enum"), list):
+        return list(schema["enum"])
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if schema.get("type") == "integer" and isinstance(low, int) and isinstance(high, int) and high - low < 10_000:
+        return list(range(low, high + 1))
+    return None
+
+
 def pattern_of(schema: Any, separators: tuple[str, str], alphabet: str, source: str) -> str:
     """A regular expression of the texts that are valid for a schema; see `decal.ValidSet.from_json_schema`."""
-    return Translation(schema, separators, alphabet, source).pattern(schema)
+    if not (isinstance(separators, tuple) and len(separators) == 2 and all(isinstance(one, str) for one in separators)):
+        raise DecalError(f"{source}: separators are two texts, as in json.dumps, got {separators!r}")
+    if not isinstance(alphabet, str):
+        raise DecalError(f"{source}: alphabet is a text of characters, got {alphabet!r}")
+    try:
+        return Translation(schema, separators, alphabet, source).pattern(schema)
+    except RecursionError:
+        raise DecalError(f"{source}: the schema is nested too deep") from None

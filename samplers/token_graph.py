@@ -24,8 +24,8 @@ class TokenGraph:
     """Answers in the tokenizer's own spelling, a node for each token and what may be written behind it.
 
     What follows a token is taken to be decided by that token alone: two stand side by side if the tokenizer writes their text
-    as these two. For byte-pair encoding that is so (Berglund and van der Merwe, arXiv 2309.08715); the number of all
-    answers, and the tokens of some, are checked.
+    as these two. For byte-pair encoding that is so (Berglund and van der Merwe, arXiv 2309.08715), but for what a tokenizer
+    splits a text by before. The number of all answers, and the tokens of some, are compared with the tokenizer's.
 
     To those who follow answers it looks like `decal.samplers.trie.TokenTrie`. Nodes are numbers, 0 stands before all tokens.
 
@@ -76,7 +76,10 @@ class TokenGraph:
             options = steps.tokens(state)
             looks += len(options)
             if looks > MOST_LOOKS:
-                raise DecalError(f"{valid.source}: its {valid.size} answers have too many tokens to follow; ask for fewer")
+                raise DecalError(
+                    f"{valid.source}: too many tokens may follow each other in its answers ({MOST_LOOKS} were looked at), as in"
+                    " free text such as [a-z]{5}; say which values there are, or allow fewer characters"
+                )
             children = {}
             for token, target in pairs.following(last, options):
                 after = (token, target)
@@ -132,7 +135,7 @@ class TokenGraph:
         if both:
             end = vocabulary.bytes_of.get(min(both), b"").decode(errors="replace")
             raise DecalError(f"{valid.source}: the token {end!r} ends an answer, but an answer contains it")
-        if not self.ends and any(self.children[node] for node, answer in enumerate(self.answer) if answer == 0):
+        if not self.ends and not valid.prefix_free:
             raise DecalError(
                 f"{valid.source}: without an end, an answer that another begins with counts as soon as it is written"
             )

@@ -5,6 +5,8 @@ Counting is dynamic programming over states, so a set far too large to list stil
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +44,8 @@ class ValidSet:
             raise DecalError(f"{source}: the valid set is empty")
         if final(start):
             raise DecalError(f"{source}: the empty string can't be an answer")
+        if any("\ud800" <= character <= "\udfff" for character in self.characters):
+            raise DecalError(f"{source}: an answer holds half of a surrogate pair, which is no text")
 
     @classmethod
     def from_list(cls, answers: Sequence[str], source: str = "answers") -> ValidSet:
@@ -78,16 +82,9 @@ class ValidSet:
         """
         if max_length is not None:
             _check_length(max_length, source)
-        try:
-            import interegular
-            from interegular.fsm import anything_else
-        except ImportError:
-            raise DecalError("regular expressions need interegular: pip install interegular") from None
+        automaton = automaton_of(pattern, source)
+        from interegular.fsm import anything_else
 
-        try:
-            automaton = interegular.parse_pattern(pattern).to_fsm().reduce()
-        except Exception as error:  # the parser raises many types, none of them documented
-            raise DecalError(f"{source}: can't read the regular expression {pattern!r} ({type(error).__name__})") from None
         symbols = automaton.alphabet.by_transition
 
         def edges(state: int) -> dict[str, int]:
@@ -107,7 +104,8 @@ class ValidSet:
             at, left = state
             return {symbol: (target, left - 1) for symbol, target in edges(at).items()} if left else {}
 
-        return cls((automaton.initial, max_length), bounded, lambda state: state[0] in automaton.finals, source)
+        within = f"{source}, at most {max_length} characters"
+        return cls((automaton.initial, max_length), bounded, lambda state: state[0] in automaton.finals, within)
 
     @classmethod
     def from_json_schema(
@@ -156,7 +154,7 @@ class ValidSet:
         from decal.samplers.grammar import automaton
 
         _check_length(max_length, source)
-        return cls(*automaton(grammar, start, max_length, source), source)
+        return cls(*automaton(grammar, start, max_length, source), f"{source}, at most {max_length} characters")
 
     @classmethod
     def digits(cls, n: int, *, sum_eq: int | None = None, sum_le: int | None = None, source: str = "digits") -> ValidSet:
@@ -220,6 +218,21 @@ class ValidSet:
         """All that occur in an answer."""
         return {character for edges in self._edges.values() for character in edges}
 
+    @property
+    def prefix_free(self) -> bool:
+        """Whether no answer begins with another."""
+        return not any(edges and self._final(state) for state, edges in self._edges.items())
+
+    def may_contain(self, text: str) -> bool:
+        """Whether some answer has ``text`` in it."""
+        for start in self._edges:
+            state: State | None = start
+            for character in text:
+                state = None if state is None else self._edges[state].get(character)
+            if state is not None:
+                return True
+        return False
+
     def final(self, state: State) -> bool:
         """Whether a string that has led to ``state`` is an answer."""
         return self._final(state)
@@ -258,7 +271,8 @@ class ValidSet:
             stack += [(after, text + character) for character, after in reversed(list(self._edges[state].items()))]
 
     def __repr__(self) -> str:
-        return f"<ValidSet of {self.size} answers from {self.source}>"
+        size = self.size if self.size < 10**18 else f"about 1e{int((self.size.bit_length() - 1) * math.log10(2))}"
+        return f"<ValidSet of {size} answers from {self.source}>"
 
     def _count_from(self, start: State) -> None:
         """Depth-first with an own stack: answers may be longer than Python's recursion goes deep."""
@@ -277,9 +291,32 @@ class ValidSet:
                 stack.append((state, True))
                 for after in self._edges[state].values():
                     if after in path:
-                        raise DecalError(f"{self.source}: the valid set is infinite; only finite ones can be counted")
+                        raise DecalError(f"{self.source}: the valid set is infinite; bound what repeats, as {{1,9}} does")
                     if after not in self._counts:
                         stack.append((after, False))
+
+
+def bare(pattern: str) -> str:
+    """A regular expression with an ``x`` for every escape and every class of characters."""
+    return re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
+
+
+def automaton_of(pattern: str, source: str) -> Any:
+    """The automaton of the texts that a regular expression matches in full. Raises DecalError if it can't be read."""
+    try:
+        import interegular
+    except ImportError:
+        raise DecalError("regular expressions need interegular: pip install interegular") from None
+
+    # Their end is taken for the end of the group that they are in, which is right only where that is all there is.
+    if re.search(r"\(\?(=|!|<=|<!)", re.sub(r"^(\(\?[=!][^()]*\))*", "", bare(pattern))):
+        raise DecalError(f"{source}: {pattern!r} looks ahead or back, which is followed at its beginning only")
+    try:
+        re.compile(pattern)
+        return interegular.parse_pattern(pattern).to_fsm().reduce()
+    except Exception as error:  # the parser raises many types, none of them documented
+        hint = "; it matches in full without ^ and $" if pattern.startswith("^") or pattern.endswith("$") else ""
+        raise DecalError(f"{source}: can't read the regular expression {pattern!r} ({type(error).__name__}){hint}") from None
 
 
 def _check_length(length: Any, source: str) -> None:

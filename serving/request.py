@@ -125,6 +125,8 @@ def as_params(
         answers = ValidSet.from_regex(regex)
     if isinstance(answers, ValidSet):
         answers = list(_bounded(answers))
+    if isinstance(answers, Mapping) or hasattr(answers, "model_json_schema"):
+        raise DecalError("answers are a list of texts or a ValidSet; of a JSON schema ValidSet.from_json_schema(...) makes one")
     params = {
         "decal": str(chain) if isinstance(chain, Chain) else chain,
         "decal_seed": seed,

@@ -26,6 +26,9 @@ GRAMMARS = {
     "two kinds of brackets": 'start: part+\npart: "(" part* ")" | "x" part* "y"',
     "a terminal within a terminal": 'start: WORD ["-" WORD]\nWORD: LETTER~1..2\nLETTER: "x" | "y"',
     "left recursion twice": 'start: start "x" | start "y" | "z" | "(" start ")"',
+    "empty in front": 'start: b start "x" | "y"\nb: "z"?',
+    "repeats what may be empty": 'start: "x" a*\na: "y"?',
+    "unused circles": 'start: "x" | d\nd: d d | e\ne: d "y"\nf: g "z"\ng: f "y" | "z"',
     "other names": 'start: a\na: b\nb: c | "x"\nc: a | "y"',
 }
 ALPHABET = {
@@ -81,9 +84,13 @@ def test_random_grammars(seed: int) -> None:
             refused = str(error)
             if "empty" not in refused:  # Lark's own reasons, and rules that begin with themselves by way of others
                 continue
-            if refused != "g: the valid set is empty":  # the empty text is derived
+            if "the valid set is empty" not in refused:  # the empty text is derived
                 grammar = 'whole: start "z"\n' + grammar
-                texts = set(ValidSet.from_grammar(grammar, start="whole", max_length=4))
+                try:
+                    texts = set(ValidSet.from_grammar(grammar, start="whole", max_length=4))
+                except DecalError:  # a rule that begins with itself by way of others
+                    continue
+                compared += 1
                 assert "z" in texts
                 assert texts == derived(grammar, "xyz", 4, "whole"), grammar
                 continue
@@ -110,13 +117,16 @@ def test_long_texts_are_counted() -> None:
         ("start: (", "g: can't read the grammar: Unclosed parenthesis"),
         ("start: oops", "g: can't read the grammar: Rule 'oops' used but not defined"),
         ('other: "a"', "g: can't read the grammar"),
-        ('start: "a" W\n%ignore W\nW: " "', "g: %ignore isn't followed; put W where it may stand"),
-        ('start: "a"i', "g: A: flags of a pattern aren't followed"),
+        ('start: "a" W\n%ignore W\nW: " "', "g: %ignore isn't followed; put what it names where it may stand"),
+        ('start: "a"i', r"g: the flag i of \(\?i:a\) isn't followed"),
         ("start: /./", "accepts every character somewhere"),
-        ('start: b "x"\nb: start "y" | "z"', r"g: a rule begins with itself by way of others \(start b start\)"),
-        ('start: b start "x" | "x"\nb: "y"?', r"g: a rule begins with itself by way of others \(start start\)"),
+        ('start: b "x"\nb: start "y" | "z"', r"g: a rule begins with itself by way of others: start b start;"),
         ('start: "a"?', "g: the empty string can't be an answer"),
-        ('start: "a" start', "g: the valid set is empty"),
+        ("start: /[/", "g: can't read the "),
+        ("start: A\n%declare A", "g: A has no pattern"),
+        ("start: A\n%import .elsewhere.A", "g: %import takes from Lark's own common, not from files"),
+        ("start: /a(?=b)/", "looks ahead or back, which is followed at its beginning only"),
+        ('start: "a" start', "g, at most 5 characters: the valid set is empty"),
         (None, "g: a grammar is a text"),
     ],
 )

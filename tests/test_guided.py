@@ -18,6 +18,7 @@ from decal.samplers.chain import notes
 from decal.samplers.guided import Guide
 from decal.samplers.trie import Policy
 from decal.samplers.valid_set import ValidSet
+from decal.serving.request import as_params
 
 ANSWERS = ["red", "green", "greenish", "blue", "light blue", "light green", "light red", "violet"]
 TOKENIZER = tiny.byte_level(ANSWERS, merges=14)
@@ -30,7 +31,7 @@ def written(chain: decal.Chain, count: int, seed: int = 0) -> list[str]:
     prompt = torch.tensor([TOKENIZER.encode("colour: ")]).expand(count, -1)
     torch.manual_seed(seed)
     out = model.generate(
-        prompt, max_new_tokens=30, attention_mask=torch.ones_like(prompt),
+        prompt, attention_mask=torch.ones_like(prompt),
         **chain.generate_kwargs(pad_token_id=TOKENIZER.pad_token_id),
     )  # fmt: skip
     return [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in out[:, prompt.shape[1] :]]
@@ -111,7 +112,7 @@ def test_sets_of_any_kind_and_seeds():
     model = tiny.llama(len(TOKENIZER), dtype=torch.float32)
     prompt = torch.tensor([TOKENIZER.encode("number: ")]).expand(40, -1)
     wanted = chain.generate_kwargs(seeds=list(range(40)), pad_token_id=TOKENIZER.pad_token_id)
-    out = model.generate(prompt, max_new_tokens=6, attention_mask=torch.ones_like(prompt), **wanted)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **wanted)
     texts = [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in out[:, prompt.shape[1] :]]
     assert all(text in ValidSet.from_regex("[1-3][0-5]?") for text in texts)
     assert len(set(texts)) > 10
@@ -135,6 +136,11 @@ def test_what_goes_wrong_is_said():
         estimate.check([decal.temperature(2) | guided(0.5)])
     with pytest.raises(DecalError, match="non-empty string"):
         guided().for_answers(["red", ""], TOKENIZER)
+    for answers in ({"enum": ["red"]}, type("Model", (), {"model_json_schema": None})):
+        with pytest.raises(DecalError, match=r"ValidSet\.from_json_schema"):
+            guided().for_answers(answers, TOKENIZER)
+        with pytest.raises(DecalError, match=r"ValidSet\.from_json_schema"):
+            as_params("guided(1)", answers=answers)
     for answers in (None, 7, b"red"):
         with pytest.raises(DecalError, match="answers are a list of texts"):
             guided().for_answers(answers, TOKENIZER)
@@ -203,3 +209,7 @@ def test_the_longest_answer_has_room():
         longest = max(len(TOKENIZER.encode(a)) for a in answers)
         assert chain.guide.longest == longest + 1 + (ends == ["\n"])
         assert chain.generate_kwargs(max_new_tokens=chain.guide.longest)["eos_token_id"] == [TOKENIZER.eos_token_id]
+        assert chain.generate_kwargs()["max_new_tokens"] == chain.guide.longest
+    for name, value in {"max_length": 40, "stop_strings": ["e"], "min_new_tokens": 3, "min_length": 3, "max_time": 0.1}.items():
+        with pytest.raises(DecalError, match=f"{name} would end an answer in the middle, or go on behind it"):
+            chain.generate_kwargs(**{name: value})

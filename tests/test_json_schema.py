@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import random
 import re
 from typing import Any
+from urllib.parse import unquote
 
 import jsonschema
 import pytest
@@ -49,6 +51,15 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "nothing in it": {"type": "object", "properties": {}},
     "alternatives": {"anyOf": [{"type": "null"}, {"type": "boolean"}, {"enum": ["a", None]}]},
     "one of": {"oneOf": [{"type": "integer", "minimum": 0, "maximum": 5}, {"type": "boolean"}]},
+    "one of several objects": {
+        "oneOf": [
+            {"type": "object", "properties": {"kind": {"const": "a"}, "x": {"type": "boolean"}}, "required": ["kind", "x"]},
+            {"type": "object", "properties": {"kind": {"enum": ["b", "c"]}, "y": {"const": 1}}, "required": ["kind"]},
+            {"type": "null"},
+        ]
+    },
+    "equal values": {"const": 1, "enum": [1.0, 2]},
+    "references with escapes": {"$defs": {"a%20b": {"const": 1}, "a b": {"const": 2}}, "$ref": "#/$defs/a%20b"},
     "references": {
         "$defs": {
             "side/x": {"enum": ["l", "r"]},
@@ -72,11 +83,15 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 def members_in_order(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     """Whether objects have declared members only, in their order, where properties say so."""
     if "$ref" in schema:
-        schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1].replace("~1", "/")]
+        schema = root["$defs"][unquote(schema["$ref"].rsplit("/", 1)[1]).replace("~1", "/")]
     if "allOf" in schema:
         return members_in_order(value, schema["allOf"][0], root)
+    if "oneOf" in schema:
+        return any(
+            members_in_order(value, s, root) and jsonschema.Draft202012Validator(s).is_valid(value) for s in schema["oneOf"]
+        )
     if "enum" in schema or "const" in schema:  # their members in the order given
-        return json.dumps(value) in map(json.dumps, schema.get("enum", [schema.get("const")]))
+        return json.dumps(value) in map(json.dumps, [schema["const"]] if "const" in schema else schema["enum"])
     if isinstance(value, dict):
         known = [name for name in schema.get("properties", {}) if name in value]
         return known == list(value) and all(members_in_order(value[k], schema["properties"][k], root) for k in known)
@@ -175,10 +190,25 @@ def test_sets_too_large_to_list_are_counted() -> None:
     assert ValidSet.from_json_schema({"properties": members, "required": list(members)}).size == 1000**9
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"const": 1}
+    for _ in range(depth):
+        schema = {"anyOf": [schema]}
+    return schema
+
+
+def test_arguments_are_checked() -> None:
+    for separators in (None, (1, 2), (",",)):
+        with pytest.raises(DecalError, match="separators are two texts"):
+            ValidSet.from_json_schema({"const": 1}, separators=separators)
+    with pytest.raises(DecalError, match="alphabet is a text"):
+        ValidSet.from_json_schema({"const": 1}, alphabet=5)
+
+
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "string", "format": "date"}, r"/format: isn't followed here; maxLength, minLength, pattern, type would be$"),
+        ({"type": "string", "format": "date"}, "/format: isn't followed here; a pattern in its place can say it$"),
         ({"properties": {"a": {"type": "number"}}}, "/properties/a: numbers have no end"),
         ({"type": "integer", "minimum": 3}, "the schema: an integer needs a minimum and a maximum"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "no whole number is from 3 to 2"),
@@ -193,15 +223,20 @@ def test_sets_too_large_to_list_are_counted() -> None:
         ({"type": "string", "pattern": "^a+$"}, "/pattern: the valid set is infinite"),
         ({"type": "string", "pattern": '^["a]$'}, "may match '\"', which JSON writes otherwise"),
         ({"type": "string", "pattern": "^.$"}, "accepts every character somewhere"),
-        ({"type": "string", "pattern": "^a$", "maxLength": 3}, "/maxLength: isn't followed"),
+        ({"type": "string", "pattern": "^a$", "maxLength": 3}, "/maxLength: isn't followed beside a pattern"),
+        ({"type": "string", "maxlength": 3}, "/maxlength: isn't followed here; did you mean maxLength"),
+        ({"type": "boolean", "maximum": 3}, "/maximum: isn't followed here; type would be"),
+        ({"type": "number", "minimum": 3}, "numbers have no end"),
+        ('{"type": "string"}', "must be an object, got '{.*}'; json.loads makes one of a text"),
+        ({"type": "string", "pattern": "^[0-9{3}$"}, r"/pattern: can't read the regular expression '\^\[0-9\{3\}\$'"),
         ({"type": "array", "items": {"const": 1}}, "has no maxItems"),
         ({"type": "array", "items": {"const": 1}, "maxItems": 2, "uniqueItems": True}, "/uniqueItems: isn't followed"),
         ({"type": "array", "items": {"const": 1}, "maxItems": 2, "minItems": 3}, "no list has from 3 to 2 items"),
         ({"type": "array", "items": {"const": 1}, "maxItems": -1}, "/maxItems: must be a whole number of at least 0"),
         ({"properties": {"a": {"const": 1}}, "required": ["b"]}, "/required: 'b' is none of the properties"),
-        ({"properties": {"a": {"const": 1}}, "additionalProperties": {"const": 2}}, "/additionalProperties: names of members"),
+        ({"properties": {"a": {"const": 1}}, "additionalProperties": {}}, "/additionalProperties: must be true or false"),
         ({"properties": {"a": {"const": 1}}, "minProperties": 1}, "/minProperties: isn't followed"),
-        ({"oneOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, "/oneOf: some texts are valid for several"),
+        ({"oneOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, "/oneOf: can't tell that nothing is valid for several"),
         ({"allOf": [{"const": 1}, {"const": 1}]}, "/allOf: several schemas at once"),
         ({"anyOf": []}, "/anyOf: must be a list that isn't empty"),
         ({"anyOf": [{"const": 1}], "type": "integer"}, "/type: isn't followed here"),
@@ -217,6 +252,30 @@ def test_sets_too_large_to_list_are_counted() -> None:
         ({"type": ["string", "null"], "maximum": 3}, "/maximum: isn't followed"),
         ({"properties": []}, "properties must be an object"),
         (["a"], "the schema: must be an object"),
+        *(
+            ({"oneOf": parts}, "/oneOf: can't tell that nothing is valid for several")
+            for parts in (
+                [{"const": 1}, {"const": 1.0}],
+                [{"type": "integer", "minimum": 0, "maximum": 3}, {"const": 2.0}],
+                [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"properties": {"b": {"const": 1}}}],
+                [{"type": "object", "properties": {"a": {"const": 1}}}, {"type": "object", "properties": {"a": {"const": 2}}}],
+                [{"type": "string", "maxLength": 1}, {"const": "b"}],
+            )
+        ),
+        ({"properties": {1: {"const": 1}}}, "names of members must be texts, got 1"),
+        ({"properties": {"1": {"const": 1}}, "required": [True]}, "names of members must be texts, got True"),
+        *(({"type": "string", "pattern": p}, "must begin with") for p in ("^)|(a$", "^a)|(?:b$")),
+        *(({"type": "string", "pattern": p}, "can't read the regular expression") for p in ("^a{1}{2}$", "^(?i)ab$")),
+        ({"type": "string", "pattern": "^((?!.*b)a)b$"}, "looks ahead or back"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$id": "http://x/a", "const": 1}}}, r"/\$id: isn't followed"),
+        ({"$ref": "#foo"}, "must begin with #/"),
+        ({"enum": ["a", datetime.date(2020, 1, 1)]}, "is no value of JSON"),
+        ({"enum": [1], "type": ["integer", "bogus"]}, "type must be one of"),
+        ({"enum": [1], "type": {}}, "type must be one of"),
+        ({"type": "object", "additionalProperties": "x"}, "/additionalProperties: must be true or false"),
+        ({"enum": ["\ud800"]}, "half of a surrogate pair"),
+        ({"type": "integer", "minimum": 0, "maximum": 10**1500}, "an integer may have 30 digits"),
+        (nested(2000), "nested too deep"),
     ],
 )  # fmt: skip
 def test_what_is_refused_says_where(schema: Any, message: str) -> None:

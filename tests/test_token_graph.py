@@ -71,7 +71,7 @@ def written(chain: decal.Chain, count: int) -> list[str]:
     model.generation_config.eos_token_id = TOKENIZER.eos_token_id
     prompt = torch.tensor([TOKENIZER.encode("red: ")]).expand(count, -1)
     torch.manual_seed(1)
-    kwargs = chain.generate_kwargs(pad_token_id=TOKENIZER.pad_token_id, max_new_tokens=chain.guide.longest)
+    kwargs = chain.generate_kwargs(pad_token_id=TOKENIZER.pad_token_id)
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **kwargs)
     return [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in out[:, prompt.shape[1] :]]
 
@@ -198,7 +198,9 @@ def test_settings_of_the_tokenizer_don_t_matter() -> None:
 
 def test_what_goes_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_graph, "MOST_LOOKS", 100)
-    with pytest.raises(DecalError, match="letters: its 1092 answers have too many tokens to follow; ask for fewer"):
+    with pytest.raises(
+        DecalError, match=r"letters: too many tokens may follow each other in its answers \(100 were looked at\), as in free"
+    ):
         graph_of(ValidSet.from_regex("[abc]{1,6}", "letters"))
     monkeypatch.undo()
     with pytest.raises(DecalError, match="more than 1e300 answers"):
@@ -207,4 +209,9 @@ def test_what_goes_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         graph_of(SETS["words"], ends=(TOKENIZER.encode("r")[0],))
     with pytest.raises(DecalError, match="without an end, an answer that another begins with"):
         graph_of(SETS["words"], ends=())
+    with pytest.raises(DecalError, match="without an end, an answer that another begins with"):
+        graph_of(ValidSet.from_list(["a", "ab"]), ends=())  # whose tokens aren't the beginning of each other's
     assert graph_of(SETS["numbers"], ends=()).ends == ()
+    monkeypatch.setattr(guided, "MOST_ANSWERS", 1)
+    with pytest.raises(DecalError, match=r"an answer has '<\|end\|>' in it, which is a special token"):
+        Guide.of(["a", "x<|end|>"], TOKENIZER)

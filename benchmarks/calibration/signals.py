@@ -68,22 +68,20 @@ class Prefix(NamedTuple):
         return float(average_precision_score(self.valid, score))
 
 
-def rows_at(model: Any, prompt: Sequence[int], trie: TokenTrie) -> torch.Tensor:
-    """(nodes, V) log-probabilities behind a prompt and each node."""
-    found: dict[int, torch.Tensor] = {}
-    prefix_logits(model, prompt, trie, lambda nodes, rows: found.update(zip(nodes, rows.float(), strict=True)), lambda *_: None)
+def rows_at(model: Any, prompt: Sequence[int], trie: TokenTrie, share: float = 1.0) -> torch.Tensor:
+    """(nodes, V) log-probabilities behind a prompt and each node, as the head reads them at a share of the layers."""
+    layers, seen, found = model.model.layers, [], {}
+    hook = layers[round(len(layers) * share) - 1].register_forward_hook(lambda _, __, out: seen.append(out))
+
+    def sink(nodes: list[int], rows: torch.Tensor) -> None:
+        if share < 1:
+            rows = model.lm_head(model.model.norm(seen[-1][0, -len(nodes) :]))
+        found.update(zip(nodes, rows.float(), strict=True))
+        seen.clear()
+
+    prefix_logits(model, prompt, trie, sink, lambda *_: None)
+    hook.remove()
     return torch.stack([found[node] for node in range(len(trie))]).log_softmax(-1)
-
-
-@torch.inference_mode()
-def layer_rows(model: Any, prompt: Sequence[int], trie: TokenTrie, share: float) -> torch.Tensor:
-    """The same as the head reads it from an earlier layer."""
-    found = []
-    for node in range(len(trie)):
-        states = model(input_ids=torch.tensor([[*prompt, *trie.path(node)]]), output_hidden_states=True).hidden_states
-        at = states[round((len(states) - 1) * share)][0, -1]
-        found.append(model.lm_head(model.model.norm(at)).float().log_softmax(-1))
-    return torch.stack(found)
 
 
 def some_prefixes(trie: TokenTrie) -> tuple[TokenTrie, list[int], list[int]]:
@@ -116,7 +114,7 @@ def prefixes_of(evaluation: Evaluation, question: Question) -> list[Prefix]:
     own = rows_at(model, prompt, small)
     others = torch.stack([own, *(rows_at(model, ids, small) for ids in told["others"])]).mean(0)
     blank = rows_at(model, told["blank"][0], small)
-    layers = {name: layer_rows(model, prompt, small, share) for name, share in zip(LAYERS, (0.5, 0.75), strict=True)}
+    layers = {name: rows_at(model, prompt, small, share) for name, share in zip(LAYERS, (0.5, 0.75), strict=True)}
     ends = torch.tensor(trie.ends)
     content = own.clone()
     content[:, ends] = -torch.inf
