@@ -62,6 +62,19 @@ def any_of(patterns: Sequence[str]) -> str:
     return patterns[0] if len(patterns) == 1 else f"(?:{'|'.join(patterns)})"
 
 
+def any_text(texts: Sequence[str]) -> str:
+    """A regular expression of some texts, letter by letter, which is read much faster than one after the other."""
+    behind: dict[str, list[str]] = {}
+    for text in texts:
+        behind.setdefault(text[:1], []).append(text[1:])
+    ended = behind.pop("", None) is not None
+    if not behind:
+        return ""
+    # Texts that share no beginning need not be taken apart.
+    parts = [escaped(c) + (escaped(rest[0]) if len(rest) == 1 else any_text(rest)) for c, rest in behind.items()]
+    return f"(?:{'|'.join(parts)}){'?' if ended else ''}" if ended or len(parts) > 1 else parts[0]
+
+
 def integers(low: int, high: int) -> str:
     """A regular expression of the whole numbers from ``low`` to ``high``, without zeros in front."""
     if low < 0:
@@ -257,7 +270,7 @@ class Translation:
         texts = list(dict.fromkeys(text for value, text in written if any(TYPES[kind](value) for kind in kinds)))
         if not texts:
             self.refuse(f"{where}/{key}", "no value is left of those and the type asked for")
-        return any_of([escaped(text) for text in texts])
+        return any_text(texts)
 
     def _null(self, given: Mapping[str, Any], where: str) -> str:
         return "null"
