@@ -154,8 +154,10 @@ def guided(row: Row, strength: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep
 
     Maps log p_i to (1 - strength) log p_i + strength ln N_i where N_i > 0, the number of valid answers that begin with the
     tokens so far and i (Definition 3.2); other tokens are dropped. Every answer is valid at any strength above 0; at 1 all
-    valid ones are equally probable, exactly and whatever the model; at 0 the rule is off. Where no valid answer begins with the
-    tokens so far, or earlier steps dropped all that do, the row is left alone: let it be the first step that drops.
+    valid ones are equally probable whatever the model, to the precision of the logits; at 0 the rule is off. The answers are
+    given by ``chain.for_answers``: a list, or a `ValidSet` of a regular expression, a JSON schema or a grammar. Where no valid
+    answer begins with the tokens so far, or earlier steps dropped all that do, the row is left alone: let it be the first step
+    that drops.
 
     Elsewhere: masks of grammars (llguidance, xgrammar, outlines) keep the same tokens and leave their probabilities as they
     are, which says nothing of how many answers lie behind them.
