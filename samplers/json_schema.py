@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from decal.samplers.errors import DecalError
-from decal.samplers.valid_set import ValidSet, bare
+from decal.samplers.valid_set import ValidSet, automaton_of, bare, edges_of
+
+State = frozenset[int]
 
 ANNOTATIONS = (
     "$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated",
@@ -43,6 +45,9 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "object": ("properties", "required", "additionalProperties"),
 }
 """What is followed for each type."""
+
+FIRST = "\ue000"
+"""Stands before the members of an object, and takes away the separator before the first, as if each had one before it."""
 
 HINTS = {
     "format": "a pattern in its place can say it",
@@ -255,7 +260,10 @@ class Translation:
 
     def _text(self, value: Any, where: str) -> str:
         try:
-            return json.dumps(value, ensure_ascii=False, separators=self.separators, allow_nan=False)
+            text = json.dumps(value, ensure_ascii=False, separators=self.separators, allow_nan=False)
+            if FIRST not in text:
+                return text
+            raise ValueError("U+E000 has a use of its own here")
         except (TypeError, ValueError) as error:
             self.refuse(where, f"{value!r} is no value of JSON ({error})")
 
@@ -322,7 +330,7 @@ class Translation:
             inner = ValidSet.from_regex(f"-(?:{pattern[1:-1]})", "")
         except DecalError as error:
             self.refuse(where, str(error)[2:].replace(f"-(?:{pattern[1:-1]})", pattern))
-        odd = sorted({c for c in inner.characters if c in '"\\' or ord(c) < 32})
+        odd = sorted({c for c in inner.characters if c in f'"\\{FIRST}' or ord(c) < 32})
         if odd:
             self.refuse(where, f"may match {odd[0]!r}, which JSON writes otherwise")
         return f"(?:{pattern[1:-1]})"
@@ -371,19 +379,10 @@ class Translation:
             name: escaped(self._text(name, where)) + colon + self.pattern(one, f"{where}/properties/{name}")
             for name, one in members.items()
         }
-        # Behind a member there is a separator before each; before the first there is none.
-        tails = [""]
-        for name, pattern in reversed(patterns.items()):
-            tails.insert(0, (between + pattern if name in required else f"(?:{between}{pattern})?") + tails[0])
-        begins, done = [], False
-        for place, (name, pattern) in enumerate(patterns.items()):
-            begins.append(pattern + tails[place + 1])
-            done = name in required
-            if done:
-                break
-        if not begins:
-            return r"\{\}"
-        return r"\{" + (any_of(begins) if done else f"(?:{'|'.join(begins)})?") + r"\}"
+        inner = "".join(
+            between + pattern if name in required else f"(?:{between}{pattern})?" for name, pattern in patterns.items()
+        )
+        return rf"\{{{FIRST}{inner}\}}"
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -416,13 +415,37 @@ def _values_of(schema: Mapping[str, Any]) -> list[Any] | None:
     return None
 
 
-def pattern_of(schema: Any, separators: tuple[str, str], alphabet: str, source: str) -> str:
-    """A regular expression of the texts that are valid for a schema; see `decal.ValidSet.from_json_schema`."""
+def automaton(
+    schema: Any, separators: tuple[str, str], alphabet: str, source: str
+) -> tuple[State, Callable[[State], dict[str, State]], Callable[[State], bool]]:
+    """First state, edges and final states of the texts that are valid for a schema; see `decal.ValidSet.from_json_schema`."""
     if not (isinstance(separators, tuple) and len(separators) == 2 and all(isinstance(one, str) for one in separators)):
         raise DecalError(f"{source}: separators are two texts, as in json.dumps, got {separators!r}")
     if not isinstance(alphabet, str):
         raise DecalError(f"{source}: alphabet is a text of characters, got {alphabet!r}")
     try:
-        return Translation(schema, separators, alphabet, source).pattern(schema)
+        pattern = Translation(schema, separators, alphabet, source).pattern(schema)
+        parsed = automaton_of(pattern, source)
     except RecursionError:
         raise DecalError(f"{source}: the schema is nested too deep") from None
+    edges = edges_of(parsed, pattern, source)
+
+    def steps(at: int) -> Iterator[tuple[str, int]]:
+        for character, target in edges(at).items():
+            if character != FIRST:
+                yield character, target
+                continue
+            yield from ((c, t) for c, t in edges(target).items() if not separators[0].startswith(c))
+            for c in separators[0]:
+                target = edges(target).get(c, -1)
+            yield from edges(target).items() if target >= 0 else ()
+
+    # States are sets, as an object that is listed may begin like one that is described.
+    def after(state: State) -> dict[str, State]:
+        found: dict[str, set[int]] = {}
+        for at in state:
+            for character, target in steps(at):
+                found.setdefault(character, set()).add(target)
+        return {character: frozenset(targets) for character, targets in sorted(found.items())}
+
+    return frozenset({parsed.initial}), after, lambda state: not parsed.finals.isdisjoint(state)

@@ -83,19 +83,7 @@ class ValidSet:
         if max_length is not None:
             _check_length(max_length, source)
         automaton = automaton_of(pattern, source)
-        from interegular.fsm import anything_else
-
-        symbols = automaton.alphabet.by_transition
-
-        def edges(state: int) -> dict[str, int]:
-            found = {}
-            for transition, target in automaton.map.get(state, {}).items():
-                for symbol in symbols[transition] if automaton.islive(target) else ():
-                    if symbol is anything_else:
-                        raise DecalError(f"{source}: {pattern!r} accepts every character somewhere; write out which ones")
-                    found[symbol] = target
-            return dict(sorted(found.items()))
-
+        edges = edges_of(automaton, pattern, source)
         if max_length is None:
             return cls(automaton.initial, edges, automaton.finals.__contains__, source)
 
@@ -132,11 +120,11 @@ class ValidSet:
         Raises:
             DecalError: a keyword that isn't followed, or infinitely many texts; it says where in the schema.
         """
-        from decal.samplers.json_schema import pattern_of
+        from decal.samplers.json_schema import automaton
 
         if callable(getattr(schema, "model_json_schema", None)):
             schema = schema.model_json_schema()
-        return cls.from_regex(pattern_of(schema, separators, alphabet, source), source)
+        return cls(*automaton(schema, separators, alphabet, source), source)
 
     @classmethod
     def from_grammar(cls, grammar: str, *, max_length: int, start: str = "start", source: str = "grammar") -> ValidSet:
@@ -317,6 +305,24 @@ def automaton_of(pattern: str, source: str) -> Any:
     except Exception as error:  # the parser raises many types, none of them documented
         hint = "; it matches in full without ^ and $" if pattern.startswith("^") or pattern.endswith("$") else ""
         raise DecalError(f"{source}: can't read the regular expression {pattern!r} ({type(error).__name__}){hint}") from None
+
+
+def edges_of(automaton: Any, pattern: str, source: str) -> Callable[[int], dict[str, int]]:
+    """Next characters of a state of such an automaton, and the states they lead to."""
+    from interegular.fsm import anything_else
+
+    symbols = automaton.alphabet.by_transition
+
+    def edges(state: int) -> dict[str, int]:
+        found = {}
+        for transition, target in automaton.map.get(state, {}).items():
+            for symbol in symbols[transition] if automaton.islive(target) else ():
+                if symbol is anything_else:
+                    raise DecalError(f"{source}: {pattern!r} accepts every character somewhere; write out which ones")
+                found[symbol] = target
+        return dict(sorted(found.items()))
+
+    return edges
 
 
 def _check_length(length: Any, source: str) -> None:

@@ -168,6 +168,21 @@ def test_ranges_of_integers(seed: int) -> None:
         assert ValidSet.from_regex(f"={pattern.pattern}").size == high - low + 1
 
 
+def test_many_members_that_may_be_left_out() -> None:
+    flag = {"type": "boolean"}
+
+    def record(members: int, depth: int) -> dict[str, Any]:
+        properties = {f"m{i}": flag for i in range(members)}
+        return {"type": "object", "properties": properties | ({"in": record(members, depth - 1)} if depth else {})}
+
+    assert ValidSet.from_json_schema(record(40, 0)).size == 3**40
+    assert ValidSet.from_json_schema(record(2, 3)).size == 9 * (1 + 9 * (1 + 9 * (1 + 9)))
+    both = ValidSet.from_json_schema({"anyOf": [record(2, 0), {"enum": [{"m0": True, "q": 1}, {}, {"m1": False}]}]})
+    assert both.size == 10 == len(set(both))
+    with pytest.raises(DecalError, match=r"U\+E000 has a use of its own"):
+        ValidSet.from_json_schema({"const": "\ue000"})
+
+
 def test_models_of_pydantic_and_other_separators() -> None:
     class Person(BaseModel):
         age: int = Field(ge=18, le=99)
