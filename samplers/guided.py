@@ -89,7 +89,7 @@ class Guide:
     @cached_property
     def largest(self) -> int:
         """The largest token id there is."""
-        return max(max(self.trie.token), *self.trie.ends, *self.stop)
+        return max((*self.trie.token, *self.trie.ends, *self.stop))
 
     @cached_property
     def longest(self) -> int:
