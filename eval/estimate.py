@@ -31,7 +31,7 @@ from decal.eval.task import Question
 from decal.samplers.chain import Chain
 from decal.samplers.context import GIVEN
 from decal.samplers.errors import DecalError
-from decal.samplers.trie import Policy, TokenTrie, TrieBuilder
+from decal.samplers.trie import MOST_ANSWERS, Policy, TokenTrie, TrieBuilder
 from decal.samplers.valid_set import ValidSet
 
 RESAMPLES = 400
@@ -321,7 +321,10 @@ def check(chains: Sequence[Chain]) -> None:
     """Raise DecalError if a chain reads what an estimate doesn't have: all the answers, not those drawn, or other prompts."""
     for chain in chains:
         for need in sorted(chain.needs & {"answers", "prompts"}):
-            raise DecalError(f"{chain} reads {GIVEN[need].what}, which an estimate can't give it; use decal frontier")
+            raise DecalError(
+                f"{chain} reads {GIVEN[need].what}, which an estimate can't give it; use decal frontier, for"
+                f" up to {MOST_ANSWERS} answers"
+            )
 
 
 def over_prompts(found: Sequence[Estimated]) -> tuple[list[Estimate], list[Estimate]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
 from decal.samplers.errors import DecalError
-from decal.samplers.valid_set import automaton_of
+from decal.samplers.valid_set import automaton_of, edges_of
 
 MOST_STATES = 300_000
 """Of a grammar's automaton; so many take half a minute."""
@@ -37,6 +38,10 @@ class Grammar:
         self.source, self.start = source, start
         parsed = _parse(text, start, source)
         self.patterns = {terminal.name: self._pattern(terminal) for terminal in parsed.terminals}
+        self._edges = {
+            terminal.name: lru_cache(None)(edges_of(self.patterns[terminal.name], terminal.pattern.to_regexp(), source))
+            for terminal in parsed.terminals
+        }
         self.rules: dict[str, list[tuple[str, ...]]] = {}
         for rule in parsed.rules:
             body = tuple(str(symbol.name) for symbol in rule.expansion)
@@ -54,7 +59,6 @@ class Grammar:
         self._factor()
         self._merge()
         self.shortest = self._shortest()
-        self._followers: dict[tuple[str, int], list[tuple[str, int]]] = {}
         self._states: dict[State, State] = {}
 
     def _pattern(self, terminal: Any) -> Any:
@@ -217,23 +221,9 @@ class Grammar:
         for stack in stacks if left else ():
             for top in stack[:1]:
                 assert isinstance(top, tuple)
-                for symbol, target in self._next(*top):
+                for symbol, target in self._edges[top[0]](top[1]).items():
                     found.setdefault(symbol, set()).add(((top[0], target), *stack[1:]))
         return {symbol: self._state(frozenset(after), left - 1) for symbol, after in sorted(found.items())}
-
-    def _next(self, name: str, at: int) -> list[tuple[str, int]]:
-        """Characters that go on with a terminal, and the states of its pattern that they lead to."""
-        if (name, at) not in self._followers:
-            pattern = self.patterns[name]
-            self._followers[name, at] = [
-                (symbol, target)
-                for transition, target in pattern.map.get(at, {}).items()
-                if pattern.islive(target)
-                for symbol in pattern.alphabet.by_transition[transition]
-            ]
-            if not all(isinstance(symbol, str) for symbol, _ in self._followers[name, at]):
-                raise DecalError(f"{self.source}: {name} accepts every character somewhere; write out which ones")
-        return self._followers[name, at]
 
     @staticmethod
     def final(state: State) -> bool:
@@ -257,7 +247,7 @@ class Grammar:
             elif isinstance(top, str):
                 more = [((top, self.patterns[top].initial), *stack[1:])]
             else:
-                if not top or self._next(*top):
+                if not top or self._edges[top[0]](top[1]):
                     found.add(stack)
                 more = [stack[1:]] if top and top[1] in self.patterns[top[0]].finals else []
             open_ += [one for one in more if one not in seen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from decal.samplers.row import Map, Row
 from decal.samplers.rule import Param, rule
 from decal.samplers.token_graph import TokenGraph
 from decal.samplers.trie import MOST_ANSWERS, Policy, TokenTrie, TrieBuilder
-from decal.samplers.valid_set import ValidSet
+from decal.samplers.valid_set import ValidSet, refuse_schema
 from decal.samplers.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ class Guide:
             DecalError: no tokenizer; the set is empty, or too large to follow; an answer can't be written; or ends can't tell
                 answers apart.
         """
-        if isinstance(answers, Mapping) or hasattr(answers, "model_json_schema"):
-            raise DecalError(
-                "answers are a list of texts or a ValidSet; of a JSON schema ValidSet.from_json_schema(...) makes one"
-            )
+        refuse_schema(answers)
         if isinstance(answers, (str, bytes)) or not isinstance(answers, (ValidSet, Iterable)):
             raise DecalError(f"answers are a list of texts or a ValidSet, such as ValidSet.from_regex(...), got {answers!r}")
         if isinstance(ends, str) or not isinstance(ends, Sequence) or not all(isinstance(end, str) for end in ends):

@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -221,12 +222,10 @@ class Translation:
         return any_of([self.pattern(one, f"{where}/{i}") for i, one in enumerate(self._list(given, where))])
 
     def _one_of(self, given: Any, where: str) -> str:
-        parts = self._list(given, where)
-        for i, one in enumerate(parts):
-            for other in parts[:i]:
-                if not self._apart(one, other):
-                    self.refuse(where, "can't tell that nothing is valid for several; use anyOf if one of them is enough")
-        return self._any_of(given, where)
+        pattern = self._any_of(given, where)  # which looks at each of them first
+        if not all(self._apart(*pair) for pair in combinations(given, 2)):
+            self.refuse(where, "can't tell that nothing is valid for several; use anyOf if one of them is enough")
+        return pattern
 
     def _apart(self, one: Any, other: Any) -> bool:
         """Whether it is certain that no value is valid for both of two schemas."""
@@ -297,7 +296,7 @@ class Translation:
         highs = [given[key] - extra for key, extra in (("maximum", 0), ("exclusiveMaximum", 1)) if key in given]
         if not lows or not highs:
             self.refuse(where, "an integer needs a minimum and a maximum, or it has no end")
-        if max(*lows, *highs, key=abs) > 10**30 or min(*lows, *highs) < -(10**30):
+        if any(abs(bound) > 10**30 for bound in (*lows, *highs)):
             self.refuse(where, "an integer may have 30 digits")
         if max(lows) > min(highs):
             self.refuse(where, f"no whole number is from {max(lows)} to {min(highs)}")
@@ -339,6 +338,8 @@ class Translation:
         first = given.get("prefixItems", [])
         if not isinstance(first, list):
             self.refuse(f"{where}/prefixItems", f"must be a list, got {first!r}")
+        if "items" not in given and not first and given.get("maxItems") != 0:
+            self.refuse(where, "has no items, so anything may stand in it")
         rest = given.get("items", False)
         low = self._size(given, where, "minItems", 0)
         high = self._size(given, where, "maxItems", len(first) if rest is False else None)
@@ -363,7 +364,9 @@ class Translation:
         return rf"\[{after}\]"
 
     def _object(self, given: Mapping[str, Any], where: str) -> str:
-        members, required = given.get("properties", {}), given.get("required", [])
+        if "properties" not in given:
+            self.refuse(where, "has no properties, so anything may stand in it")
+        members, required = given["properties"], given.get("required", [])
         if not isinstance(members, Mapping) or not isinstance(required, list):
             self.refuse(where, "properties must be an object and required a list")
         for name in [*members, *required]:
@@ -419,8 +422,8 @@ def automaton(
     schema: Any, separators: tuple[str, str], alphabet: str, source: str
 ) -> tuple[State, Callable[[State], dict[str, State]], Callable[[State], bool]]:
     """First state, edges and final states of the texts that are valid for a schema; see `decal.ValidSet.from_json_schema`."""
-    if not (isinstance(separators, tuple) and len(separators) == 2 and all(isinstance(one, str) for one in separators)):
-        raise DecalError(f"{source}: separators are two texts, as in json.dumps, got {separators!r}")
+    if not isinstance(separators, tuple) or [str(one).strip() for one in separators] != [",", ":"]:
+        raise DecalError(f"{source}: separators are two texts, a comma and a colon with spaces around them, got {separators!r}")
     if not isinstance(alphabet, str):
         raise DecalError(f"{source}: alphabet is a text of characters, got {alphabet!r}")
     try:

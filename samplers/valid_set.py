@@ -114,7 +114,7 @@ class ValidSet:
 
         Args:
             schema: a mapping, as `json.loads` gives it, or a model of pydantic.
-            separators: between members, and between a name and its value, as in `json.dumps`.
+            separators: between members, and between a name and its value, as in `json.dumps`; a comma and a colon, with spaces.
             alphabet: the characters of strings that have a ``maxLength`` and no ``pattern``.
 
         Raises:
@@ -213,7 +213,7 @@ class ValidSet:
 
     def may_contain(self, text: str) -> bool:
         """Whether some answer has ``text`` in it."""
-        for start in self._edges:
+        for start in self._edges if self.characters.issuperset(text) else ():
             state: State | None = start
             for character in text:
                 state = None if state is None else self._edges[state].get(character)
@@ -284,6 +284,12 @@ class ValidSet:
                         stack.append((after, False))
 
 
+def refuse_schema(answers: Any) -> None:
+    """Raise DecalError if answers are a JSON schema, whose keys would pass for texts."""
+    if isinstance(answers, Mapping) or hasattr(answers, "model_json_schema"):
+        raise DecalError("answers are a list of texts or a ValidSet; of a JSON schema ValidSet.from_json_schema(...) makes one")
+
+
 def bare(pattern: str) -> str:
     """A regular expression with an ``x`` for every escape and every class of characters."""
     return re.sub(r"\\.|\[\^?\]?(\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
@@ -296,6 +302,8 @@ def automaton_of(pattern: str, source: str) -> Any:
     except ImportError:
         raise DecalError("regular expressions need interegular: pip install interegular") from None
 
+    if not isinstance(pattern, str):
+        raise DecalError(f"{source}: a regular expression is a text, got {pattern!r}")
     # Their end is taken for the end of the group that they are in, which is right only where that is all there is.
     if re.search(r"\(\?(=|!|<=|<!)", re.sub(r"^(\(\?[=!][^()]*\))*", "", bare(pattern))):
         raise DecalError(f"{source}: {pattern!r} looks ahead or back, which is followed at its beginning only")

@@ -23,7 +23,7 @@ from decal.samplers.errors import DecalError
 from decal.samplers.guided import Guide
 from decal.samplers.rule import TokensParameter
 from decal.samplers.trie import TokenTrie
-from decal.samplers.valid_set import ValidSet
+from decal.samplers.valid_set import ValidSet, refuse_schema
 
 KEYS = {
     "decal": "the chain, as text such as 'temperature(1.3) | min_p(0.1)' or in its JSON form",
@@ -123,10 +123,9 @@ def as_params(
         raise DecalError("answers and regex: give one of them")
     if regex is not None:
         answers = ValidSet.from_regex(regex)
+    refuse_schema(answers)
     if isinstance(answers, ValidSet):
         answers = list(_bounded(answers))
-    if isinstance(answers, Mapping) or hasattr(answers, "model_json_schema"):
-        raise DecalError("answers are a list of texts or a ValidSet; of a JSON schema ValidSet.from_json_schema(...) makes one")
     params = {
         "decal": str(chain) if isinstance(chain, Chain) else chain,
         "decal_seed": seed,

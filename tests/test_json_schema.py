@@ -7,7 +7,7 @@ import itertools
 import json
 import random
 import re
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import jsonschema
@@ -183,6 +183,23 @@ def test_many_members_that_may_be_left_out() -> None:
         ValidSet.from_json_schema({"const": "\ue000"})
 
 
+def test_alternatives_of_pydantic_that_say_which_they_are() -> None:
+    class First(BaseModel):
+        kind: Literal["first"]
+        x: bool
+
+    class Second(BaseModel):
+        kind: Literal["second"]
+        y: bool | None = None
+
+    class Either(BaseModel):
+        part: First | Second = Field(discriminator="kind")
+
+    valid = ValidSet.from_json_schema(Either)
+    assert valid.size == 2 + 4
+    assert all(Either.model_validate_json(text) for text in valid)
+
+
 def test_models_of_pydantic_and_other_separators() -> None:
     class Person(BaseModel):
         age: int = Field(ge=18, le=99)
@@ -213,9 +230,13 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 def test_arguments_are_checked() -> None:
-    for separators in (None, (1, 2), (",",)):
+    for separators in (None, (1, 2), (",",), ("}", ":")):
         with pytest.raises(DecalError, match="separators are two texts"):
             ValidSet.from_json_schema({"const": 1}, separators=separators)
+    with pytest.raises(
+        DecalError, match="can't tell that nothing is valid for several"
+    ):  # b is, though a schema's alphabet lacks it
+        ValidSet.from_json_schema({"oneOf": [{"type": "string", "maxLength": 1}, {"const": "b"}]}, alphabet="a")
     with pytest.raises(DecalError, match="alphabet is a text"):
         ValidSet.from_json_schema({"const": 1}, alphabet=5)
 
@@ -274,9 +295,13 @@ def test_arguments_are_checked() -> None:
                 [{"type": "integer", "minimum": 0, "maximum": 3}, {"const": 2.0}],
                 [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"properties": {"b": {"const": 1}}}],
                 [{"type": "object", "properties": {"a": {"const": 1}}}, {"type": "object", "properties": {"a": {"const": 2}}}],
-                [{"type": "string", "maxLength": 1}, {"const": "b"}],
+                [{"type": "string", "pattern": "^[ab]$"}, {"const": "b"}],
             )
         ),
+        ({"oneOf": [{"type": {}}, {"const": 1}]}, "/oneOf/0: type must be one of"),
+        ({"oneOf": [{"type": "object", "properties": [], "required": ["a"]}] * 2}, "/oneOf/0: properties must be an object"),
+        ({"type": "object"}, "has no properties, so anything may stand in it"),
+        ({"type": "array", "maxItems": 3}, "has no items, so anything may stand in it"),
         ({"properties": {1: {"const": 1}}}, "names of members must be texts, got 1"),
         ({"properties": {"1": {"const": 1}}, "required": [True]}, "names of members must be texts, got True"),
         *(({"type": "string", "pattern": p}, "must begin with") for p in ("^)|(a$", "^a)|(?:b$")),
@@ -287,7 +312,7 @@ def test_arguments_are_checked() -> None:
         ({"enum": ["a", datetime.date(2020, 1, 1)]}, "is no value of JSON"),
         ({"enum": [1], "type": ["integer", "bogus"]}, "type must be one of"),
         ({"enum": [1], "type": {}}, "type must be one of"),
-        ({"type": "object", "additionalProperties": "x"}, "/additionalProperties: must be true or false"),
+        ({"properties": {}, "additionalProperties": "x"}, "/additionalProperties: must be true or false"),
         ({"enum": ["\ud800"]}, "half of a surrogate pair"),
         ({"type": "integer", "minimum": 0, "maximum": 10**1500}, "an integer may have 30 digits"),
         (nested(2000), "nested too deep"),

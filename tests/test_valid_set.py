@@ -81,6 +81,17 @@ def test_a_regex_is_what_matches_it_in_full(pattern: str, alphabet: str, longest
         assert_is(ValidSet.from_regex(pattern), expected)
 
 
+def test_lookaheads_are_followed_at_the_beginning_only() -> None:
+    for pattern in ("(?!a)x|ay", "(?=a)[ab]c|bc", "(?!a)(?!b)[abc]"):
+        texts = ("".join(s) for n in range(1, 4) for s in itertools.product("abcxy", repeat=n))
+        assert_is(ValidSet.from_regex(pattern), {text for text in texts if re.fullmatch(pattern, text)})
+    for pattern in ("x(?=y)", "((?!.*b)a)b", "x(?!y)", "(?<=a)b", "a|x(?=y)"):
+        with pytest.raises(DecalError, match="looks ahead or back, which is followed at its beginning only"):
+            ValidSet.from_regex(pattern)
+    with pytest.raises(DecalError, match="regex: a regular expression is a text, got 5"):
+        ValidSet.from_regex(5)  # type: ignore[arg-type]
+
+
 def digits_by_hand(n: int, sum_eq: int | None = None, sum_le: int | None = None) -> set[str]:
     return {
         ",".join(map(str, d))
