@@ -25,7 +25,7 @@ from numba.extending import intrinsic, overload
 
 from decal.kernels import mass as integer
 from decal.kernels import random
-from decal.kernels.program import FIELDS, MOMENT_NAMES, Op
+from decal.kernels.program import FIELDS, MOMENT_NAMES, TOP_SET, Op
 from decal.kernels.statistics import FARTHEST
 
 LOG2E, ROUND, LOWEST, FIXED, UNIT = integer.LOG2E, integer.ROUND, integer.LOWEST, integer.FIXED, integer.UNIT
@@ -868,7 +868,7 @@ def _arithmetic(code, at, registers, lanes):
 
 @_jit
 def _search(code, at, registers, x, n, maxima, groups, maps, k, peak, work):
-    """`Op.LONGEST` or `Op.BEST`: the size of the top set."""
+    """`Op.LONGEST` or `Op.BEST`: the size of the top set, of which the former leaves what is known in its registers."""
     op, sense, base, length, wanted = code[at, 0], code[at, 3], code[at, 4], code[at, 5], code[at, 6]
     bound = registers[code[at, 2], 0]
     # What the score reads of the row is the same in every lane.
@@ -881,6 +881,8 @@ def _search(code, at, registers, x, n, maxima, groups, maps, k, peak, work):
     answer, most = 0, -INF
     if op == BEST:
         answer = 1
+    else:
+        registers[base : base + TOP_SET, 0] = 0.0
     start, size = 0, n if op == BEST else min(n, 256)
     while True:
         known, complete = _rank(x, n, maxima, groups, size, work)
@@ -921,8 +923,12 @@ def _search(code, at, registers, x, n, maxima, groups, maps, k, peak, work):
                     if score[i] > most:
                         most, answer = score[i], start + i + 1
                 elif score[i] == score[i] and not sense * score[i] >= sense * bound:
+                    if i > 0:
+                        registers[base : base + TOP_SET, 0] = lanes[base : base + TOP_SET, i - 1]
                     return start + i
             start += some
+            if op == LONGEST:
+                registers[base : base + TOP_SET, 0] = lanes[base : base + TOP_SET, some - 1]
         if complete:
             return answer if op == BEST else stop
         size = min(n, size * 16)

@@ -13,7 +13,9 @@ clearing                  zeros for accumulators
 `extremes`                largest and smallest logit; begins every program; `Op.SMALLEST`
 `runner_up`, `moments`    `Op.MOMENTS`, the former where entropies are read
 `count_bins`, `choose`    `Op.COUNT_UPPER`, `Op.MASS_UPPER`, `Op.NEAREST`: bins, then exactly
-`ranking`                 `Op.LONGEST`, `Op.BEST`, `Op.CURVATURE`, on a row sorted by torch
+`count_bins`, `list_top`, `Op.LONGEST`, `Op.BEST`: the largest logits are listed, then top sets are
+`ranking`                 looked at from the smallest on, as many as it takes; nothing is sorted
+`curvature`               `Op.CURVATURE`, which takes all ranks, so torch sorts the row
 `write` or `race`         the answer: logits, or a token
 ========================  =====================================================================
 
@@ -41,7 +43,6 @@ from decal.kernels import reference
 from decal.kernels.gpu_device import (
     BEST,
     COUNT_UPPER,
-    CURVATURE,
     FIELDS,
     FIRST,
     GOLDEN,
@@ -53,12 +54,13 @@ from decal.kernels.gpu_device import (
     LEAST,
     LONG_MAX,
     LONG_MIN,
+    LONGEST,
     LOW,
-    MASS_UPPER,
     MOMENTS,
     NEAR,
     NEAREST,
     NOWHERE,
+    OTHERS,
     PEAK,
     SECOND,
     SIGN,
@@ -74,6 +76,7 @@ from decal.kernels.gpu_device import (
     ends,
     exponential,
     first_map,
+    from_key,
     from_long,
     interval_of,
     is_last,
@@ -135,7 +138,7 @@ PROGRAMS = 264
 REGISTERS = {4: 168, 8: 128}
 """Registers of a thread, at most, by warps of its program, on NVIDIA's: three programs of four warps, or two of eight, share a
 multiprocessor. Without a bound the compiler saves registers that aren't wanted, by keeping numbers in memory."""
-RANKING = (4, 232)
+RANKING = (8, 248)
 """Warps and registers of `ranking`, which has one program for each row and many sums to carry on."""
 
 TABLE = ((8192, Config(1024, 4, 8, bins=512)), (2**21, Config(2048, 8, 32)))
@@ -348,9 +351,12 @@ def question(code_ptr, at, regs_ptr, KIND: tl.constexpr):
 @triton.jit(do_not_specialize=VARYING)
 def count_bins(
     x_ptr, x_stride, V, G, chunk, code_ptr, at, regs_ptr, registers, maps_ptr, maps, map_rows, state_ptr, state_stride,
-    bins_ptr, TOP: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr,
+    bins_ptr, TOP: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """First half of a selection: counts of tokens by cost, and from them the bins where the wanted token may be."""
+    """First half of a selection: counts of tokens by cost, and from them the bins where the wanted token may be.
+
+    Or, with ``LISTED``, how many bins together hold at most that many tokens.
+    """
     row = (tl.program_id(0) // G).to(tl.int64)
     begin = (tl.program_id(0) % G) * chunk
     end = tl.minimum(begin + chunk, V)
@@ -397,6 +403,8 @@ def count_bins(
             wanted = tl.where(share >= 1.0, share, 1.0)
             target = tl.where(wanted < V, wanted, V).to(tl.int64)
             target = tl.minimum(target, tl.sum(down.to(tl.int64), 0))
+            if LISTED > 0:
+                target = 0 * target + LISTED + 1
             first = tl.sum((tl.cumsum(down, 0) < target).to(tl.int32), 0)
             last = first
         else:
@@ -409,10 +417,11 @@ def count_bins(
         tl.store(state_ptr + FIRST, first)
         tl.store(state_ptr + LAST, last)
         tl.store(state_ptr + TARGET, target)
-        tl.store(state_ptr + SUMS + 3, LONG_MAX)
-        tl.store(state_ptr + SUMS + 4, LONG_MIN)
-        tl.store(state_ptr + SUMS + 5, KEY_MAX)
-        tl.store(state_ptr + SUMS + 6, KEY_MIN)
+        if LISTED == 0:
+            tl.store(state_ptr + SUMS + 3, LONG_MAX)
+            tl.store(state_ptr + SUMS + 4, LONG_MIN)
+            tl.store(state_ptr + SUMS + 5, KEY_MAX)
+            tl.store(state_ptr + SUMS + 6, KEY_MIN)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -435,8 +444,8 @@ def choose(
     per_bin = bin_scale(share, center, top, V, NB, KIND)
     first, last = tl.load(state_ptr + FIRST), tl.load(state_ptr + LAST)
     scale, origin, shift = first_map(maps_ptr, maps)
-    before = tl.zeros([BLOCK], tl.int64)
-    within = tl.zeros([BLOCK], tl.int64)
+    before = worth_of(tl.zeros([BLOCK], tl.float64) - INF, 0.0, KIND) * 0
+    within = before
     order_min, order_max = tl.full([BLOCK], LONG_MAX, tl.int64), tl.full([BLOCK], LONG_MIN, tl.int64)
     u_min, u_max = tl.full([BLOCK], KEY_MAX, tl.int32), tl.full([BLOCK], KEY_MIN, tl.int32)
     for i in range(begin, end, BLOCK):
@@ -461,8 +470,8 @@ def choose(
             order_max = tl.maximum(order_max, tl.where(open_, order, LONG_MIN))
             entry = tl.atomic_add(state_ptr + SUMS + 2, n.to(tl.int64), sem="relaxed") + tl.cumsum(open_.to(tl.int32), 0) - 1
             tl.store(list_ptr + entry, z, mask=open_ & (entry < ROOM))
-    tl.atomic_add(state_ptr + SUMS, tl.sum(before, 0), sem="relaxed")
-    tl.atomic_add(state_ptr + SUMS + 1, tl.sum(within, 0), sem="relaxed")
+    tl.atomic_add(state_ptr + SUMS, tl.sum(before, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(state_ptr + SUMS + 1, tl.sum(within, 0).to(tl.int64), sem="relaxed")
     tl.atomic_min(state_ptr + SUMS + 3, tl.min(order_min, 0), sem="relaxed")
     tl.atomic_max(state_ptr + SUMS + 4, tl.max(order_max, 0), sem="relaxed")
     if KIND == NEAREST:
@@ -497,6 +506,301 @@ def choose(
             tl.store(dst, -from_long(order))
         tl.debug_barrier()
         run(at + 1, code_ptr, regs_ptr, maps_ptr, maps, state_ptr, x_ptr, V, TOP, BLOCK)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def list_top(
+    x_ptr, x_stride, V, G, chunk, maps_ptr, maps, map_rows, state_ptr, state_stride, list_ptr,
+    TOP: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """The largest logits, as many bins as there is room for, and the largest value below the largest, for `ranking`."""
+    row = (tl.program_id(0) // G).to(tl.int64)
+    begin = (tl.program_id(0) % G) * chunk
+    end = tl.minimum(begin + chunk, V)
+    x_ptr += row * x_stride
+    maps_ptr += row * map_rows * 3
+    state_ptr += row * state_stride
+    list_ptr += row * ROOM
+    low, high, sign = interval_of(state_ptr)
+    top = value_at(tl.load(state_ptr + PEAK), sign, maps_ptr, maps)
+    per_bin = bin_scale(0.0 * top, top, top, V, NB, COUNT_UPPER)
+    first = tl.load(state_ptr + FIRST)
+    scale, origin, shift = first_map(maps_ptr, maps)
+    most = tl.full([BLOCK], KEY_MIN, tl.int32)
+    for i in range(begin, end, BLOCK):
+        z = load_logits(x_ptr, i + tl.arange(0, BLOCK), end, TOP)
+        u = to_key(z) * sign
+        kept = (u >= low) & (u <= high)
+        v = value_of(tl.where(kept, z, 0.0), scale, origin, shift, maps_ptr, maps)
+        v = tl.where(kept, v, top)
+        most = tl.maximum(most, tl.where(kept & (v < top), u, KEY_MIN))
+        listed = kept & (bin_of(v, top, top, per_bin, NB, COUNT_UPPER) < first)
+        n = tl.sum(listed.to(tl.int32), 0)
+        if n > 0:
+            entry = tl.atomic_add(state_ptr + SUMS + 2, n.to(tl.int64), sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
+            tl.store(list_ptr + entry, z, mask=listed)
+    tl.atomic_max(state_ptr + SECOND, tl.max(most, 0).to(tl.int64) - KEY_MIN, sem="relaxed")
+
+
+@triton.jit
+def reach(source_ptr, n, first, last, sign, wanted, TOP: tl.constexpr, BLOCK: tl.constexpr, NB: tl.constexpr):
+    """The u from which up to ``last`` there are at most ``wanted`` tokens of a row or a list, but some, and how many.
+
+    Where more than that stand at the largest u, it is that one; where there are none in [first, last], ``first`` and 0.
+    """
+    begin, found = first, 0 * first
+    while (found == 0) & (first <= last):
+        shift = 0 * first
+        while ((last - first) >> shift) >= NB:
+            shift += 1
+        bins = tl.zeros([NB], tl.int32)
+        for i in range(0, n, BLOCK):
+            u = to_key(load_logits(source_ptr, i + tl.arange(0, BLOCK), n, TOP, ".cg")).to(tl.int64) * sign
+            inside = (u >= first) & (u <= last)
+            bins += tl.histogram(tl.where(inside, (last - u) >> shift, 0).to(tl.int32), NB, mask=inside)
+        sums = tl.cumsum(bins, 0).to(tl.int64)
+        fitting = tl.sum((sums <= wanted).to(tl.int64), 0)
+        found = tl.max(tl.where(sums <= wanted, sums, 0), 0)
+        begin = tl.maximum(last + 1 - (fitting << shift), first)
+        if found == 0:
+            # The first bin that has some has too many, or there are none.
+            last -= fitting << shift
+            first = tl.maximum(last + 1 - (1 + 0 * first << shift), first)
+            if first == last:
+                begin = last
+                found = tl.min(tl.where(sums > wanted, sums, LONG_MAX), 0)
+    return begin, found
+
+
+@triton.jit
+def collect(source_ptr, n, first, last, sign, to_ptr, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy the tokens of a row or a list that stand at [first, last]."""
+    count = 0 * n
+    for i in range(0, n, BLOCK):
+        z = load_logits(source_ptr, i + tl.arange(0, BLOCK), n, TOP, ".cg")
+        u = to_key(z).to(tl.int64) * sign
+        inside = (u >= first) & (u <= last)
+        tl.store(to_ptr + count + tl.cumsum(inside.to(tl.int32), 0) - 1, z, mask=inside)
+        count += tl.sum(inside.to(tl.int32), 0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def put_in_order(from_ptr, n, sign, to_ptr, PIECE: tl.constexpr):
+    """Copy up to ``PIECE`` tokens to where they stand in decreasing order of value: behind as many as are before them."""
+    lane = tl.arange(0, PIECE)
+    z = tl.load(from_ptr + lane, mask=lane < n, other=0.0)
+    u = to_key(z) * sign.to(tl.int32)
+    place = tl.zeros([PIECE], tl.int32)
+    for i in range(0, n, OTHERS):
+        other = i + tl.arange(0, OTHERS)
+        w = to_key(tl.load(from_ptr + other, mask=other < n, other=0.0)) * sign.to(tl.int32)
+        same = (w[None, :] == u[:, None]) & (other[None, :] < lane[:, None])
+        earlier = ((w[None, :] > u[:, None]) | same) & (other[None, :] < n)
+        place += tl.sum(earlier.to(tl.int32), 1)
+    tl.store(to_ptr + place, z, mask=lane < n)
+    tl.debug_barrier()
+
+
+@triton.jit
+def least_of(source_ptr, n, sign, nothing, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    """The smallest u of a list, ``nothing`` if it is empty."""
+    least = 0 * nothing + LONG_MAX
+    for i in range(0, n, BLOCK):
+        offsets = i + tl.arange(0, BLOCK)
+        u = to_key(load_logits(source_ptr, offsets, n, TOP, ".cg")).to(tl.int64) * sign
+        least = tl.minimum(least, tl.min(tl.where(offsets < n, u, LONG_MAX), 0))
+    return tl.where(n > 0, least, nothing)
+
+
+@triton.jit
+def bend_of(before, value, below, top):
+    """Absolute second difference of exp(value - top) around each value; 0 at the ends."""
+    inner = (before > -INF) & (below > -INF)
+    p = weight(tl.where(inner, before - top, 0.0))
+    q = weight(tl.where(inner, value - top, 0.0))
+    r = weight(tl.where(inner, below - top, 0.0))
+    return tl.where(inner, tl.abs(p - 2.0 * q + r), 0.0)
+
+
+@triton.jit
+def running(ptr, x, kept, sums_ptr, scale):
+    """Store running sums of ``x``, times ``scale``, that go on from those at ``sums_ptr``, which is in memory as registers are
+    scarce."""
+    high, low = tl.load(sums_ptr), tl.load(sums_ptr + 1)
+    more_high, more_low = limbs(x, kept)
+    tl.store(ptr, joined(tl.cumsum(more_high, 0) + high, tl.cumsum(more_low, 0) + low) * scale)
+    more_high, more_low = tl.sum(more_high, 0), tl.sum(more_low, 0)
+    tl.debug_barrier()
+    tl.store(sums_ptr, high + more_high)
+    tl.store(sums_ptr + 1, low + more_low)
+
+
+@triton.jit
+def score_top_sets(code_ptr, pc, count, regs_ptr, lanes_ptr, base, PIECE: tl.constexpr):
+    """Execute the instructions of a score for many top sets at once; the last one says where it is.
+
+    From ``base`` on a register has a number for each of them. The barriers are for loads that are laid out over threads in
+    another way than the store.
+    """
+    lane = tl.arange(0, PIECE)
+    for i in range(count - 1):
+        at = code_ptr + (pc + i) * FIELDS
+        dst, a, b, c = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+        x, y = operand(regs_ptr, lanes_ptr, a, base, PIECE), operand(regs_ptr, lanes_ptr, b, base, PIECE)
+        result = arithmetic(tl.load(at), x, y, operand(regs_ptr, lanes_ptr, c, base, PIECE))
+        tl.debug_barrier()
+        tl.store(lanes_ptr + (dst - base) * PIECE + lane, result)
+        tl.debug_barrier()
+    return operand(regs_ptr, lanes_ptr, tl.load(code_ptr + (pc + count - 1) * FIELDS + 2), base, PIECE)
+
+
+@triton.jit
+def operand(regs_ptr, lanes_ptr, register, base, PIECE: tl.constexpr):
+    """A register, for many top sets."""
+    lane = tl.arange(0, PIECE)
+    many = register >= base
+    some = tl.load(lanes_ptr + (register - base) * PIECE + lane, mask=tl.where(many, lane, -1) >= 0, other=0.0)
+    return tl.where(many, some, tl.load(regs_ptr + register))
+
+
+@triton.jit(do_not_specialize=VARYING)
+def ranking(
+    x_ptr, x_stride, V, code_ptr, at, regs_ptr, registers, maps_ptr, maps, map_rows, state_ptr, state_stride,
+    list_ptr, pieces_ptr, lanes_ptr, span,
+    TOP: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, ROOM: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """Look at the top sets of a row by size, a piece of them at a time; one program for each row.
+
+    A piece comes from the list, which holds everything at [edge, ahead], and is then put in order. A list that is used up is
+    filled again from the row. Of tokens that stand at one u there may be more than either holds: they are only counted.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    regs_ptr += row * registers
+    maps_ptr += row * map_rows * 3
+    state_ptr += row * state_stride
+    list_ptr += row * ROOM
+    raw_ptr = pieces_ptr + row * 2 * PIECE
+    piece_ptr = raw_ptr + PIECE
+    lanes_ptr += row * span * PIECE
+    low, high, sign = tl.load(state_ptr + LOW), tl.load(state_ptr + HIGH), tl.load(state_ptr + SIGN)
+    peak = tl.load(state_ptr + PEAK)
+    top = value_at(peak, sign, maps_ptr, maps)
+    field = code_ptr + at * FIELDS
+    op, dst, limit, sense = tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3)
+    base, count, bits = tl.load(field + 4), tl.load(field + 5), tl.load(field + 6)
+    bound = tl.load(regs_ptr + limit)
+    exponent = span_of(state_ptr, sign, top, maps_ptr, maps)
+    small, large = two_to(-exponent), two_to(exponent)
+    second = take(state_ptr + SECOND) + KEY_MIN
+    fine = exponent_of_terms(value_at(tl.where(second > KEY_MIN, second, peak), sign, maps_ptr, maps) - top)
+    raised, lowered = two_to(-fine), two_to(fine)
+    scale, origin, shift = first_map(maps_ptr, maps)
+    lane = tl.arange(0, PIECE)
+    if op == LONGEST:
+        for i in range(TOPS):
+            tl.store(regs_ptr + base + i, 0.0)
+        tl.debug_barrier()
+    for i in range(span):
+        tl.store(lanes_ptr + i * PIECE + lane, tl.load(regs_ptr + base + i + 0 * lane))
+    zero = 0 * low
+    answer, best = 0.0 * top, 0.0 * top - INF
+    if op == BEST:
+        answer += 1.0
+    listed = take(state_ptr + SUMS + 2).to(tl.int32)
+    tl.debug_barrier()
+    sums_ptr = state_ptr + SUMS  # and the slot behind them, `SECOND`
+    ahead = high
+    edge = least_of(list_ptr, listed, sign, ahead + 1, TOP, BLOCK)
+    same, held, start = zero, zero, zero
+    above = 0.0 * top - INF
+    open_ = low <= high
+    while open_:
+        # The next of them, behind the one that is held.
+        new = zero
+        if (same == 0) & (ahead < edge):
+            edge, found = reach(x_ptr, V, low, ahead, sign, zero + ROOM, TOP, BLOCK, NB)
+            if found > ROOM:
+                same, ahead = found, edge
+            else:
+                listed = found.to(tl.int32)
+                collect(x_ptr, V, edge, ahead, sign, list_ptr, TOP, BLOCK)
+        if same == 0:
+            begin, new = reach(list_ptr, listed, edge, ahead, sign, zero + PIECE - 1, TOP, BLOCK, NB)
+            if new > PIECE - 1:
+                same, ahead, new = new, begin, zero
+            else:
+                collect(list_ptr, listed, begin, ahead, sign, raw_ptr, TOP, BLOCK)
+                put_in_order(raw_ptr, new.to(tl.int32), sign, piece_ptr + held, PIECE)
+                ahead = begin - 1
+        if same > 0:
+            new = tl.minimum(same, PIECE - 1)
+            tl.store(piece_ptr + held + lane, from_key((ahead * sign).to(tl.int32) + 0 * lane), mask=lane < new)
+            tl.debug_barrier()
+            same -= new
+            ahead -= tl.where(same == 0, 1, 0).to(tl.int64)
+        ended = (same == 0) & (ahead < low)
+        known = held + new
+        # The last one known is only there to be the next of the one before, unless there is no more.
+        usable = tl.where(ended, known, tl.maximum(known - 1, 0))
+        alive = lane < usable
+        z = tl.load(piece_ptr + lane, mask=lane < known, other=0.0)
+        value = value_of(z, scale, origin, shift, maps_ptr, maps)
+        z = tl.load(piece_ptr + lane - 1, mask=alive & (lane > 0), other=0.0)
+        before = tl.where(lane > 0, value_of(z, scale, origin, shift, maps_ptr, maps), above)
+        z = tl.load(piece_ptr + lane + 1, mask=lane + 1 < known, other=0.0)
+        below = tl.where(lane + 1 < known, value_of(z, scale, origin, shift, maps_ptr, maps), -INF)
+        bend = tl.where(alive, bend_of(before, value, below, top), 0.0)
+        d = tl.where(alive, value - top, 0.0)
+        slot = lanes_ptr + lane
+        tl.debug_barrier()
+        tl.store(slot, value)
+        tl.store(slot + PIECE, below)
+        running(slot + 2 * PIECE, bend, alive, sums_ptr, 1.0)
+        tl.store(slot + 3 * PIECE, (start + lane + 1).to(tl.float64))
+        if bits & 14:
+            e = weight(d)
+            running(slot + 4 * PIECE, e, alive, sums_ptr + 2, 1.0)
+            running(slot + 5 * PIECE, tl.maximum(d, -700.0) * e * raised, alive, sums_ptr + 4, lowered)
+            running(slot + 6 * PIECE, e * e, alive, sums_ptr + 6, 1.0)
+        if bits & 16:
+            running(slot + 7 * PIECE, weight(0.5 * d), alive, sums_ptr + 8, 1.0)
+        if bits & 96:
+            d *= small
+            running(slot + 8 * PIECE, d, alive, sums_ptr + 10, large)
+            running(slot + 9 * PIECE, d * d, alive, sums_ptr + 12, large * large)
+        tl.debug_barrier()
+        score = score_top_sets(code_ptr, at + 1, count, regs_ptr, lanes_ptr, base, PIECE)
+        if op == BEST:
+            score = tl.where(alive & (score == score), score, -INF)
+            most = tl.max(score, 0)
+            place = tl.min(tl.where(score == most, lane, PIECE), 0)
+            better = most > best
+            answer = tl.where(better, (start + place + 1).to(tl.float64), answer)
+            best = tl.where(better, most, best)
+            open_ = ended == 0
+        else:
+            fails = alive & (score * sense < bound * sense)
+            place = tl.minimum(tl.min(tl.where(fails, lane, PIECE), 0), usable.to(tl.int32))
+            answer += place.to(tl.float64)
+            if place > 0:
+                for j in range(TOPS):
+                    tl.store(regs_ptr + base + j, tl.load(lanes_ptr + j * PIECE + place - 1))
+            open_ = (place == usable) & (ended == 0)
+        if usable > 0:
+            above = tl.load(lanes_ptr + usable - 1)
+            last_known = tl.load(piece_ptr + usable, mask=usable < known, other=0.0)
+            tl.debug_barrier()
+            tl.store(piece_ptr, last_known)
+        held = known - usable
+        start += usable
+        tl.debug_barrier()
+    for i in range(14):
+        tl.store(sums_ptr + i, zero)
+    tl.store(regs_ptr + dst, answer)
+    tl.debug_barrier()
+    run(at + 1 + count, code_ptr, regs_ptr, maps_ptr, maps, state_ptr, x_ptr, V, TOP, BLOCK)
 
 
 @triton.jit
@@ -537,141 +841,35 @@ def value_at_rank(ranked_ptr, i, first, last, V, sign, maps_ptr, maps):
     return tl.where(inside, value_of(z, scale, origin, shift, maps_ptr, maps), -INF)
 
 
-@triton.jit
-def bend_of(before, value, below, top):
-    """Absolute second difference of exp(value - top) around each value; 0 at the ends."""
-    inner = (before > -INF) & (below > -INF)
-    p = weight(tl.where(inner, before - top, 0.0))
-    q = weight(tl.where(inner, value - top, 0.0))
-    r = weight(tl.where(inner, below - top, 0.0))
-    return tl.where(inner, tl.abs(p - 2.0 * q + r), 0.0)
-
-
-@triton.jit
-def running(ptr, x, kept, high, low, scale):
-    """Store running sums of ``x``, times ``scale``, that go on from ``high`` and ``low``; the new ones of these."""
-    more_high, more_low = limbs(x, kept)
-    tl.store(ptr, joined(tl.cumsum(more_high, 0) + high, tl.cumsum(more_low, 0) + low) * scale)
-    return high + tl.sum(more_high, 0), low + tl.sum(more_low, 0)
-
-
-@triton.jit
-def score_top_sets(code_ptr, pc, count, regs_ptr, lanes_ptr, base, PIECE: tl.constexpr):
-    """Execute the instructions of a score for many top sets at once; the last one says where it is.
-
-    From ``base`` on a register has a number for each of them. The barriers are for loads that are laid out over threads in
-    another way than the store.
-    """
-    lane = tl.arange(0, PIECE)
-    for i in range(count - 1):
-        at = code_ptr + (pc + i) * FIELDS
-        dst, a, b, c = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
-        x, y = operand(regs_ptr, lanes_ptr, a, base, PIECE), operand(regs_ptr, lanes_ptr, b, base, PIECE)
-        result = arithmetic(tl.load(at), x, y, operand(regs_ptr, lanes_ptr, c, base, PIECE))
-        tl.debug_barrier()
-        tl.store(lanes_ptr + (dst - base) * PIECE + lane, result)
-        tl.debug_barrier()
-    return operand(regs_ptr, lanes_ptr, tl.load(code_ptr + (pc + count - 1) * FIELDS + 2), base, PIECE)
-
-
-@triton.jit
-def operand(regs_ptr, lanes_ptr, register, base, PIECE: tl.constexpr):
-    """A register, for many top sets."""
-    lane = tl.arange(0, PIECE)
-    many = register >= base
-    some = tl.load(lanes_ptr + (register - base) * PIECE + lane, mask=tl.where(many, lane, -1) >= 0, other=0.0)
-    return tl.where(many, some, tl.load(regs_ptr + register))
-
-
 @triton.jit(do_not_specialize=VARYING)
-def ranking(
-    x_ptr, x_stride, V, code_ptr, at, regs_ptr, registers, maps_ptr, maps, map_rows, state_ptr, state_stride,
-    ranked_ptr, lanes_ptr, span, TOP: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+def curvature(
+    x_ptr, x_stride, V, G, chunk, code_ptr, at, regs_ptr, registers, maps_ptr, maps, map_rows, state_ptr, state_stride,
+    ranked_ptr, TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Look at the top sets of a row by size; one program for each row."""
-    row = tl.program_id(0).to(tl.int64)
+    """Sum of the absolute second differences of exp(value - peak), on a row in decreasing order."""
+    row = (tl.program_id(0) // G).to(tl.int64)
+    begin = (tl.program_id(0) % G) * chunk
     x_ptr += row * x_stride
     regs_ptr += row * registers
     maps_ptr += row * map_rows * 3
     state_ptr += row * state_stride
     ranked_ptr += row * V
-    lanes_ptr += row * span * PIECE
     low, high, sign = tl.load(state_ptr + LOW), tl.load(state_ptr + HIGH), tl.load(state_ptr + SIGN)
     top = value_at(tl.load(state_ptr + PEAK), sign, maps_ptr, maps)
     first = rank_of(ranked_ptr, high, V, sign, True)
     last = tl.maximum(rank_of(ranked_ptr, low, V, sign, False), first)
-    field = code_ptr + at * FIELDS
-    op, dst, limit, sense = tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3)
-    base, count, bits = tl.load(field + 4), tl.load(field + 5), tl.load(field + 6)
-    bound = tl.load(regs_ptr + limit)
-    exponent = span_of(state_ptr, sign, top, maps_ptr, maps)
-    small, large = two_to(-exponent), two_to(exponent)
-    below_peak = rank_of(ranked_ptr, tl.load(state_ptr + PEAK), V, sign, False)
-    fine = exponent_of_terms(value_at_rank(ranked_ptr, below_peak, first, last, V, sign, maps_ptr, maps) - top)
-    raised, lowered = two_to(-fine), two_to(fine)
-    lane = tl.arange(0, PIECE)
-    if op != CURVATURE:
-        for i in range(span):
-            tl.store(lanes_ptr + i * PIECE + lane, tl.load(regs_ptr + base + i + 0 * lane))
-    zero = 0 * low
-    s_high, s_low, t_high, t_low, q_high, q_low, h_high, h_low = zero, zero, zero, zero, zero, zero, zero, zero
-    a_high, a_low, b_high, b_low, bent_high, bent_low = zero, zero, zero, zero, zero, zero
-    answer, best = 0.0 * top, 0.0 * top - INF
-    if op == BEST:
-        answer += 1.0
-    start = first
-    while start < last:
-        i = start + lane
-        alive = i < last
+    bent_high, bent_low = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
+    for start in range(begin, begin + chunk, BLOCK):
+        i = first + start + tl.arange(0, BLOCK)
         value = value_at_rank(ranked_ptr, i, first, last, V, sign, maps_ptr, maps)
         before = value_at_rank(ranked_ptr, i - 1, first, last, V, sign, maps_ptr, maps)
         below = value_at_rank(ranked_ptr, i + 1, first, last, V, sign, maps_ptr, maps)
-        bend = bend_of(before, value, below, top)
-        if op == CURVATURE:
-            more_high, more_low = limbs(bend, alive)
-            bent_high += tl.sum(more_high, 0)
-            bent_low += tl.sum(more_low, 0)
-            start += PIECE
-        else:
-            d = tl.where(alive, value - top, 0.0)
-            slot = lanes_ptr + lane
-            tl.debug_barrier()
-            tl.store(slot, value)
-            tl.store(slot + PIECE, below)
-            bent_high, bent_low = running(slot + 2 * PIECE, bend, alive, bent_high, bent_low, 1.0)
-            tl.store(slot + 3 * PIECE, (i - first + 1).to(tl.float64))
-            if bits & 14:
-                e = weight(d)
-                s_high, s_low = running(slot + 4 * PIECE, e, alive, s_high, s_low, 1.0)
-                t_high, t_low = running(slot + 5 * PIECE, tl.maximum(d, -700.0) * e * raised, alive, t_high, t_low, lowered)
-                q_high, q_low = running(slot + 6 * PIECE, e * e, alive, q_high, q_low, 1.0)
-            if bits & 16:
-                h_high, h_low = running(slot + 7 * PIECE, weight(0.5 * d), alive, h_high, h_low, 1.0)
-            if bits & 96:
-                d *= small
-                a_high, a_low = running(slot + 8 * PIECE, d, alive, a_high, a_low, large)
-                b_high, b_low = running(slot + 9 * PIECE, d * d, alive, b_high, b_low, large * large)
-            tl.debug_barrier()
-            score = score_top_sets(code_ptr, at + 1, count, regs_ptr, lanes_ptr, base, PIECE)
-            if op == BEST:
-                score = tl.where(alive & (score == score), score, -INF)
-                most = tl.max(score, 0)
-                place = tl.min(tl.where(score == most, lane, PIECE), 0)
-                better = most > best
-                answer = tl.where(better, (start - first + place + 1).to(tl.float64), answer)
-                best = tl.where(better, most, best)
-                start += PIECE
-            else:
-                fails = alive & (score * sense < bound * sense)
-                place = tl.min(tl.where(fails, lane, PIECE), 0)
-                place = tl.minimum(place, (last - start).to(tl.int32))
-                answer += place.to(tl.float64)
-                start = tl.where(place < PIECE, last, start + PIECE)
-    if op == CURVATURE:
-        answer = joined(bent_high, bent_low)
-    tl.store(regs_ptr + dst, answer)
-    tl.debug_barrier()
-    run(at + 1 + tl.where(op == CURVATURE, 0, count), code_ptr, regs_ptr, maps_ptr, maps, state_ptr, x_ptr, V, TOP, BLOCK)
+        bent_high, bent_low = add_limbs(bend_of(before, value, below, top), i < last, bent_high, bent_low)
+    publish_limbs(state_ptr + SUMS, bent_high, bent_low)
+    if is_last(state_ptr, G):
+        tl.store(regs_ptr + tl.load(code_ptr + at * FIELDS + 1), joined(take(state_ptr + SUMS), take(state_ptr + SUMS + 1)))
+        tl.debug_barrier()
+        run(at + 1, code_ptr, regs_ptr, maps_ptr, maps, state_ptr, x_ptr, V, TOP, BLOCK)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -758,17 +956,19 @@ class Stage(NamedTuple):
     maps: int
 
 
+SEARCHES = frozenset({int(Op.LONGEST), int(Op.BEST)})
+
+
 @lru_cache(maxsize=512)
 def stages(program: Program) -> tuple[Stage, ...]:
     """The readings of a program in order, but for the first, which every program begins with."""
     reads = {int(op) for op in (Op.MOMENTS, Op.COUNT_UPPER, Op.MASS_UPPER, Op.NEAREST, Op.SMALLEST, Op.CURVATURE)}
-    searches = {int(Op.LONGEST), int(Op.BEST)}
     found, maps, at = [], 0, 0
     while at < len(program.code):
         op = program.code[at][0]
-        if op in reads | searches:
+        if op in reads | SEARCHES:
             found.append(Stage(at, op, maps))
-        if op in searches:
+        if op in SEARCHES:
             at += program.code[at][5]
         maps += op == Op.AFFINE
         at += 1
@@ -776,10 +976,10 @@ def stages(program: Program) -> tuple[Stage, ...]:
 
 
 def launches(program: Program) -> int:
-    """How many kernels of this module a call takes, besides clearing a few kilobytes and, for rankings, torch's sort."""
+    """How many kernels of this module a call takes, besides clearing a few kilobytes and, for `Op.CURVATURE`, torch's sort."""
     halves = {int(Op.COUNT_UPPER), int(Op.MASS_UPPER), int(Op.NEAREST)}
     entropies = sum(stage.op == Op.MOMENTS and reads_t(program.code[stage.at]) for stage in stages(program))
-    return 2 + entropies + sum(2 if stage.op in halves else 1 for stage in stages(program))
+    return 2 + entropies + sum(3 if stage.op in SEARCHES else 2 if stage.op in halves else 1 for stage in stages(program))
 
 
 def reads_t(moments_: tuple[int, ...]) -> bool:
@@ -849,7 +1049,7 @@ def prepare(program: Program, logits: Tensor, parameters: Tensor | None, config:
         raise ValueError(f"the kernels take between 1 and {2**21 - 1} logits a row, got {width}")
     config = config or config_of(rows, width)
     logits = logits if logits.stride(1) == 1 or width == 1 else logits.contiguous()
-    on, selects = logits.device, any(s.op in (COUNT_UPPER, MASS_UPPER, NEAREST) for s in stages(program))
+    on, selects = logits.device, any(s.op in {Op.COUNT_UPPER, Op.MASS_UPPER, Op.NEAREST} | SEARCHES for s in stages(program))
     if program.columns:
         assert parameters is not None
         parameters = parameters.to(on, torch.float64).contiguous()
@@ -877,7 +1077,7 @@ def read(work: Work) -> None:
         extremes[grid](*shared(at, maps), *last, START=start, **{**options, "BLOCK": config.block})
 
     launch_extremes(0, 0, True)
-    candidates = ranked = None
+    candidates = None
     for at, op, maps in stages(work.program):
         if op == Op.SMALLEST:
             launch_extremes(at, maps, False)
@@ -887,21 +1087,29 @@ def read(work: Work) -> None:
                     logits, logits.stride(0), width, parts, chunk, *work.row(maps), **{**options, "BLOCK": config.block}
                 )
             moments[grid](*shared(at, maps), **{**options, "BLOCK": config.narrow // 2})
-        elif op in (Op.LONGEST, Op.BEST, Op.CURVATURE):
-            if ranked is None:
-                ranked = ranked_of(logits)
-            lanes, span = lanes_of(work, at)
-            ranking[(rows,)](
-                logits, logits.stride(0), width, code, at, registers, registers.shape[1], *work.row(maps), ranked, lanes, span,
-                PIECE=config.piece, **work.options_for(*RANKING),
-            )  # fmt: skip
+        elif op == Op.CURVATURE:
+            curvature[grid](*shared(at, maps), ranked_of(logits), **options)
         else:
             if candidates is None:
                 candidates = torch.empty(rows, config.room, dtype=torch.float32, device=logits.device)
             bins = work.state.view(torch.int32)
-            halved = {**options, "BLOCK": bin_block(config, op)}
-            count_bins[grid](*shared(at, maps), bins, NB=bins_for(config, op), KIND=op, **halved)
-            choose[grid](*shared(at, maps), candidates, NB=bins_for(config, op), KIND=op, ROOM=config.room, **options)
+            kind = Op.COUNT_UPPER if op in SEARCHES else op
+            listed = config.room if op in SEARCHES else 0
+            halved = {**options, "BLOCK": bin_block(config, kind)}
+            count_bins[grid](*shared(at, maps), bins, NB=bins_for(config, kind), KIND=kind, LISTED=listed, **halved)
+            if op in SEARCHES:
+                list_top[grid](
+                    logits, logits.stride(0), width, parts, chunk, *work.row(maps), candidates,
+                    NB=config.bins, ROOM=config.room, **options,
+                )  # fmt: skip
+                pieces = torch.empty(rows, 2, config.piece, dtype=torch.float32, device=logits.device)
+                ranking[(rows,)](
+                    logits, logits.stride(0), width, code, at, registers, registers.shape[1], *work.row(maps),
+                    candidates, pieces, *lanes_of(work, at),
+                    PIECE=config.piece, ROOM=config.room, NB=config.bins // 2, **work.options_for(*RANKING),
+                )  # fmt: skip
+            else:
+                choose[grid](*shared(at, maps), candidates, NB=bins_for(config, op), KIND=op, ROOM=config.room, **options)
 
 
 def bins_for(config: Config, op: int) -> int:
@@ -921,12 +1129,10 @@ def ranked_of(logits: Tensor) -> Tensor:
 
 
 def lanes_of(work: Work, at: int) -> tuple[Tensor, int]:
-    """Room for the registers of top sets, and how many registers from the first of a top set on have it."""
-    op, _dst, _a, _b, base, count, _bits = work.program.code[at]
-    span = 1
-    if op != Op.CURVATURE:
-        inner = work.program.code[at + 1 : at + 1 + count]
-        span = max([base + TOPS.value, *(field + 1 for one in inner for field in one[1:5])]) - base
+    """Room for the registers of a piece of top sets, and how many registers from the first of a top set on have it."""
+    _op, _dst, _a, _b, base, count, _bits = work.program.code[at]
+    inner = work.program.code[at + 1 : at + 1 + count]
+    span = max([base + TOPS.value, *(field + 1 for one in inner for field in one[1:5])]) - base
     rows = len(work.logits)
     return torch.empty(rows, span, work.config.piece, dtype=torch.float64, device=work.logits.device), span
 

@@ -38,6 +38,7 @@ INF = tl.constexpr(float("inf"))
 LANES = tl.constexpr(128)
 PIVOTS = tl.constexpr(8)
 SUB = tl.constexpr(256)
+OTHERS = tl.constexpr(16)
 FIELDS = tl.constexpr(7)
 
 COUNT_UPPER = tl.constexpr(int(Op.COUNT_UPPER))
@@ -45,7 +46,6 @@ MASS_UPPER = tl.constexpr(int(Op.MASS_UPPER))
 NEAREST = tl.constexpr(int(Op.NEAREST))
 LONGEST = tl.constexpr(int(Op.LONGEST))
 BEST = tl.constexpr(int(Op.BEST))
-CURVATURE = tl.constexpr(int(Op.CURVATURE))
 READ_FROM = tl.constexpr(int(Op.MOMENTS))
 READ_TO = tl.constexpr(int(Op.CURVATURE))
 OP_PEAK = tl.constexpr(int(Op.PEAK))
@@ -427,8 +427,9 @@ def cost_of(v, center, KIND: tl.constexpr):
 def worth_of(v, top, KIND: tl.constexpr):
     """What a token adds to a selection."""
     if KIND == COUNT_UPPER:
-        return tl.full(v.shape, 1, tl.int64)
-    return fixed(weight(v - top))
+        return tl.full(v.shape, 1, tl.int32)  # in half of the registers that masses take
+    else:  # noqa: RET505 - Triton compiles what stands behind a return, too
+        return fixed(weight(v - top))
 
 
 @triton.jit

@@ -82,9 +82,12 @@ class Op(enum.IntEnum):
 
 
 # LONGEST: a = the bound, b = 1 or -1 (an integer): every top set up to the answer has b * score >= b * bound, or a score of
-# NaN. BEST: the smallest of several; a NaN is no score. Both: c = the first of TOP_SET registers that hold what is known of a
-# top set, d = number of instructions that belong to it, e = bits of the moments that they read.
-TOP_SET = 3 + len(MOMENT_NAMES)
+# NaN; what is known of the answer's top set is left in its registers, zeros if there is none. BEST: the smallest of several; a
+# NaN is no score. Both: c = the first of TOP_SET registers that hold what is known of a top set, d = number of instructions
+# that belong to it, e = bits of the moments that they read.
+TOP_SET_MOMENTS = 3
+"""Where the moments begin among the registers of a top set."""
+TOP_SET = TOP_SET_MOMENTS + len(MOMENT_NAMES)
 """Registers of a top set: the value of its last token; the next value, or -inf; the running sum of the absolute second
 differences of exp(value - peak) up to the one centred on its last token; its moments, relative to the largest value."""
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from decal.kernels.program import MOMENT_NAMES, Builder, Number, Program, Untraceable
+from decal.kernels.program import MOMENT_NAMES, TOP_SET_MOMENTS, Builder, Number, Program, Untraceable
 from decal.kernels.statistics import STATISTICS
 from decal.samplers.row import Affine, Band, BaseRow
 from decal.samplers.rule import Step
@@ -89,7 +89,22 @@ def _untraceable(name: str) -> Any:
     return refuse
 
 
-class SymbolicRow(_Symbolic):
+class _Searched(_Symbolic):
+    """Top sets of every size."""
+
+    def longest(self, score: Callable[[Any], Any], *, at_least: Any = None, at_most: Any = None) -> Any:
+        bound, sense = (at_least, 1) if at_most is None else (at_most, -1)
+        return self._builder.search(self._scored(score), self._builder.number(bound), sense)
+
+    def _scored(self, score: Callable[[Any], Any]) -> Callable[[int], tuple[Number, Sequence[str]]]:
+        def write(base: int) -> tuple[Number, Sequence[str]]:
+            top = SymbolicTopSet(self._builder, base, self)
+            return self._builder.number(score(top)), sorted(top.read)
+
+        return write
+
+
+class SymbolicRow(_Searched):
     """A row that writes what is asked of it. ``reads`` are the names of statistics that the rule is known to ask for, which are
     summed at once."""
 
@@ -116,40 +131,65 @@ class SymbolicRow(_Symbolic):
     def smallest_from(self, level: Tensor) -> Any:
         return self._builder.smallest(level)
 
-    def longest(self, score: Callable[[Any], Any], *, at_least: Any = None, at_most: Any = None) -> Any:
-        bound, sense = (at_least, 1) if at_most is None else (at_most, -1)
-        return self._builder.search(self._scored(score), self._builder.number(bound), sense)
-
     def best(self, score: Callable[[Any], Any]) -> Any:
         return self._builder.search(self._scored(score))
 
-    def _scored(self, score: Callable[[Any], Any]) -> Callable[[int], tuple[Number, Sequence[str]]]:
-        def write(base: int) -> tuple[Number, Sequence[str]]:
-            top = SymbolicTopSet(self._builder, base, self)
-            return self._builder.number(score(top)), sorted(top.read)
+    def head(self, size: int) -> SymbolicHead:
+        return SymbolicHead(self._builder, size)
 
-        return write
-
-    head = ranked = per_token = is_one_of = chance = _untraceable("anything of single tokens")
+    ranked = per_token = is_one_of = chance = _untraceable("anything of single tokens")
     history = state = weights = guide = views = property(_untraceable("anything but the logits"))
 
 
-class SymbolicTopSet(_Symbolic):
-    """The registers of a top set; see `decal.samplers.row.TopSets`."""
+class SymbolicHead(_Searched):
+    """The most probable tokens of a row: what a search for the top set of that many leaves in its registers."""
 
-    def __init__(self, builder: Builder, base: int, row: SymbolicRow):
+    def __init__(self, builder: Builder, size: int):
+        super().__init__(builder)
+
+        def write(base: int) -> tuple[Number, Sequence[str]]:
+            self._base = base
+            return Number(builder, base + TOP_SET_MOMENTS), MOMENT_NAMES  # the first of them is the count
+
+        builder.search(write, builder.number(size), -1)
+
+    def _moments(self, names: list[str]) -> Mapping[str, Any]:
+        return _moments_of(self._builder, self._base, names)
+
+    def longest(self, score: Callable[[Any], Any], *, at_least: Any = None, at_most: Any = None) -> Any:
+        return super().longest(score, at_least=at_least, at_most=at_most).minimum(self.count)
+
+
+def _moments_of(builder: Builder, base: int, names: Sequence[str]) -> dict[str, Number]:
+    """Moments of the top set whose registers begin at ``base``."""
+    return {name: Number(builder, base + TOP_SET_MOMENTS + MOMENT_NAMES.index(name)) for name in names}
+
+
+class SymbolicTopSet(_Symbolic):
+    """The registers of a top set; see `decal.samplers.row.TopSets`. ``row`` is what it is a part of."""
+
+    def __init__(self, builder: Builder, base: int, row: _Searched):
         super().__init__(builder)
         self._base, self._row, self.read = base, row, set[str]()
-        self.value, self.below = Number(builder, base), Number(builder, base + 1)
+        self.value = Number(builder, base)
 
     def _moments(self, names: list[str]) -> Mapping[str, Any]:
         self.read.update(names)
-        return {name: Number(self._builder, self._base + 3 + MOMENT_NAMES.index(name)) for name in names}
+        return _moments_of(self._builder, self._base, names)
 
     @property
     def mass(self) -> Any:
         return (self.logz - self._row.logz).exp()
 
     @property
+    def below(self) -> Any:
+        return self._known(1)
+
+    @property
     def curvature(self) -> Any:
-        return Number(self._builder, self._base + 2) / self._builder.curvature()
+        return self._known(2) / self._builder.curvature()
+
+    def _known(self, place: int) -> Number:
+        if isinstance(self._row, SymbolicHead):
+            raise Untraceable("it asks the top sets of a head for what lies behind them")
+        return Number(self._builder, self._base + place)

@@ -90,7 +90,8 @@ class Source:
     def step(self, names: list[str]) -> Step:
         """A rule at one of its usual values."""
         rule = RULES[self.one_of(names)]
-        values = {name: self.one_of(p.sweep) for name, p in rule.params.items() if p.sweep and self.below(4)}
+        offered = {name: getattr(p, "options", p.sweep) for name, p in rule.params.items()}
+        values = {name: self.one_of(some) for name, some in offered.items() if some and self.below(4)}
         if rule.name == "temperature":
             values = {"t": self.one_of((0.0, 0.3, 0.7, 1.0, 1.5, 3.0))}
         return rule.step(**values)

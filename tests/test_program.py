@@ -56,6 +56,14 @@ def test_signed_zeros_and_nan_are_constants_of_their_own():
 P = decal.Param(0.5, low=0, high=1)
 
 
+def _behind_a_head(row, p=P):
+    return row.upper(count=row.head(5).longest(lambda top: top.value - top.below, at_most=p))
+
+
+def _curvature_of_a_head(row, p=P):
+    return row.upper(count=row.head(5).longest(lambda top: top.curvature, at_most=p))
+
+
 def _branches(row, p=P):
     return row.max - 1 if row.entropy > 1 else row.max - 2
 
@@ -94,6 +102,8 @@ def _state(row, p=P):
         (_function, r"uses torch\.sinh"),
         (_not_a_number, "_not_a_number: "),
         (_state, "reads history"),
+        (_behind_a_head, "asks the top sets of a head for what lies behind them"),
+        (_curvature_of_a_head, "asks the top sets of a head for what lies behind them"),
     ],
 )
 def test_formulas_that_are_no_programs_say_why_and_run_in_torch(body, reason, monkeypatch, capsys):
@@ -117,25 +127,19 @@ def test_a_rule_of_ones_own_runs_compiled(monkeypatch):
         center = torch.where(row.count > 3, row.mean, row.max)
         return Band(center - width * row.std, torch.maximum(center + width * row.std, center))
 
-    chain, x = middle(0.5), torch.randn(5, 3000, generator=torch.Generator().manual_seed(0))
-    assert trace(chain.steps)
-    with decal.kernels.dispatch.use("reference"):
-        wanted = chain(x)
-    assert torch.equal(chain(x), wanted)
+    @decal.rule()
+    def much_of_few(row, share=decal.Param(0.7, low=0, high=1)):
+        """Keep a share of what ten tokens have."""
+        few = row.head(10)
+        size = few.longest(lambda top: torch.maximum(top.mass, top.count / few.count), at_most=share)
+        return torch.minimum(row.upper(count=size), few.logz + few.mean - few.std)
 
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_in_a_graph_of_torch_compile():
-    chain, x = decal.parse("temperature(1.3) | top_k(50) | top_p(0.9)"), torch.randn(3, 400)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def step(x, seeds, places):
-        return chain(2 * x, check=False).softmax(-1), chain.sample(2 * x, seeds, places, check=False)
-
-    seeds, places = torch.arange(3), torch.arange(3)
-    law, tokens = step(x, seeds, places)
-    torch.testing.assert_close(law, chain(2 * x).softmax(-1))
-    assert torch.equal(tokens, chain.sample(2 * x, seeds, places))
+    for chain in (middle(0.5), much_of_few(), middle(0.9) | much_of_few(0.35)):
+        for x in (torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)), torch.eye(4, 9), torch.zeros(2, 7)):
+            with decal.kernels.dispatch.use("reference"):
+                wanted = chain(x)
+            assert trace(chain.steps)
+            assert torch.equal(chain(x), wanted)
 
 
 def test_vocabularies_without_bound_are_refused():

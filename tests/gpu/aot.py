@@ -31,8 +31,8 @@ TYPES = {"float32": ("*fp32", 3.4028234663852886e38), "bfloat16": ("*bf16", 3.38
 POINTERS = {
     "code_ptr": "*i32", "regs_ptr": "*fp64", "maps_ptr": "*fp64", "state_ptr": "*i64", "initial_ptr": "*fp64",
     "columns_ptr": "*i32", "parameters_ptr": "*fp64", "bins_ptr": "*i32", "list_ptr": "*fp32", "ranked_ptr": "*fp32",
-    "lanes_ptr": "*fp64", "seeds_ptr": "*i64", "positions_ptr": "*i64", "scores_ptr": "*fp64", "places_ptr": "*i32",
-    "tokens_ptr": "*i64",
+    "pieces_ptr": "*fp32", "lanes_ptr": "*fp64", "seeds_ptr": "*i64", "positions_ptr": "*i64", "scores_ptr": "*fp64",
+    "places_ptr": "*i32", "tokens_ptr": "*i64",
 }  # fmt: skip
 SELECTIONS = (Op.COUNT_UPPER, Op.MASS_UPPER, Op.NEAREST)
 
@@ -72,9 +72,14 @@ def jobs() -> list[Job]:
             add(gpu.moments, "moments", BLOCK=config.narrow // 2)
             for op in SELECTIONS:
                 block = gpu.bin_block(config, op)
-                add(gpu.count_bins, f"count_bins {op.name.lower()}", BLOCK=block, NB=gpu.bins_for(config, op), KIND=int(op))
-                add(gpu.choose, f"choose {op.name.lower()}", NB=gpu.bins_for(config, op), KIND=int(op), ROOM=config.room)
-            add(gpu.ranking, "ranking", PIECE=config.piece)
+                selection = {"NB": gpu.bins_for(config, op), "KIND": int(op)}
+                add(gpu.count_bins, f"count_bins {op.name.lower()}", BLOCK=block, LISTED=0, **selection)
+                add(gpu.choose, f"choose {op.name.lower()}", ROOM=config.room, **selection)
+            listed = {"NB": config.bins, "KIND": int(Op.COUNT_UPPER), "LISTED": config.room}
+            add(gpu.count_bins, "count_bins list", BLOCK=gpu.bin_block(config, Op.COUNT_UPPER), **listed)
+            add(gpu.list_top, "list_top", NB=config.bins, ROOM=config.room)
+            add(gpu.ranking, "ranking", PIECE=config.piece, ROOM=config.room, NB=config.bins // 2)
+            add(gpu.curvature, "curvature")
             add(gpu.race, "race", PARTS=triton.next_power_of_2(config.splits))
     return found
 
@@ -149,7 +154,7 @@ def limits(registers: int, spilled: int, bound: int) -> list[str]:
 
 def combines(job: Job) -> bool:
     """Whether several programs of a row add up what they find."""
-    return job.kernel not in (gpu.write, gpu.ranking, gpu.runner_up)
+    return job.kernel not in (gpu.write, gpu.ranking, gpu.runner_up, gpu.list_top)
 
 
 def read_ptx(job: Job, ptx: str) -> list[str]:

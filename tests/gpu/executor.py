@@ -144,4 +144,7 @@ def _search(program: Program, at: int, registers: Tensor, ranked: Tensor, op: Op
     if op == Op.BEST:
         return int(torch.where(score.isnan(), -math.inf, score).argmax()) + 1
     fails = sense * score < sense * registers[limit]
-    return int(fails.byte().argmax()) if fails.any() else len(ranked)
+    size = int(fails.byte().argmax()) if fails.any() else len(ranked)
+    for register in range(base, base + TOP_SET):
+        registers[register] = many[register][size - 1] if size else 0.0
+    return size

@@ -13,7 +13,7 @@ import torch
 import decal
 from decal.kernels import gpu
 from decal.kernels.dispatch import use
-from decal.kernels.program import Builder, Op, Program
+from decal.kernels.program import Builder, Number, Op, Program
 from decal.samplers.rule import RULES
 from decal.samplers.trace import Untraceable, trace
 
@@ -29,6 +29,7 @@ CHAINS = [
     "eta(0.001)",
     "top_n_sigma(1) | flatten(0.5)",
     "top_h(0.4)",
+    "top_h(0.6, variant='cumulative')",
     "ees | top_p(0.9)",
     "tail_free(0.9)",
     "min_k",
@@ -40,7 +41,7 @@ CHAINS = [
 ]
 
 
-HARD = [CHAINS[i] for i in (0, 2, 5, 6, 7, 8, 10, 14)]
+HARD = [CHAINS[i] for i in (0, 2, 5, 6, 7, 8, 9, 11, 15)]
 
 
 def program_of(text: str) -> Program:
@@ -142,6 +143,26 @@ def test_a_list_too_short_is_no_error():
         assert torch.equal(got, executor.transform(program, logits))
 
 
+@pytest.mark.parametrize("text", ["top_h(0.9)", "ees(0.3)", "min_k", "tail_free(0.97)", "top_h(0.95, variant='cumulative')"])
+def test_rankings_longer_than_their_lists(text):
+    program = program_of(text)
+    logits = torch.cat([0.3 * rows.ordinary(1, 500), (rows.ordinary(1, 500, 5) * 2).round() / 2, torch.zeros(1, 500)])
+    want = executor.transform(program, logits)
+    for room, piece in ((8, 32), (32, 8), (128, 16), (256, 256)):
+        config = SMALL._replace(room=room, piece=piece)
+        assert torch.equal(gpu.transform(program, logits, config=config)[0], want)
+    turned = Builder()  # the largest logit comes last
+    turned.affine(turned.number(-0.7), turned.number(0.0))
+    answer = turned.search(lambda base: (Number(turned, base + 3), []), turned.number(40), -1)
+    turned.band(turned.count_upper(answer), turned.number(math.inf))
+    config = SMALL._replace(room=32, piece=16)
+    agree(
+        gpu.transform(turned.program(), logits, config=config)[0],
+        executor.transform(turned.program(), logits),
+        turned.program(),
+    )
+
+
 def test_strides():
     program, wide = program_of(CHAINS[0]), rows.ordinary(4, 1000)
     for logits in (wide[:, 100:400], wide[::2, :300], wide[:1].expand(3, 1000), wide[:, ::2], wide.t()[:500].t()):
@@ -241,10 +262,10 @@ def test_draws(text):
 
 
 def test_launches_are_those_that_are_promised(monkeypatch):
-    for text, number in (("min_p(0.1)", 2), (CHAINS[0], 6), ("typical(0.9)", 6), ("top_h(0.4)", 7)):
+    for text, number in (("min_p(0.1)", 2), (CHAINS[0], 6), ("typical(0.9)", 6), ("top_h(0.4)", 9), ("tail_free(0.9)", 8)):
         program, counted = program_of(text), []
         assert gpu.launches(program) == number
-        for name in ("extremes", "runner_up", "moments", "count_bins", "choose", "ranking", "write"):
+        for name in ("extremes", "runner_up", "moments", "count_bins", "choose", "list_top", "ranking", "curvature", "write"):
             kernel = getattr(gpu, name)
             monkeypatch.setattr(gpu, name, Counting(kernel, counted))
         gpu.transform(program, rows.ordinary(2, 200), config=SMALL)
