@@ -883,7 +883,8 @@ def _search(code, at, registers, x, n, maxima, groups, maps, k, peak, work):
         answer = 1
     else:
         registers[base : base + TOP_SET, 0] = 0.0
-    start, size = 0, n if op == BEST else min(n, 256)
+    # Where nothing bounds what is behind, everything is looked at.
+    start, size = 0, n if op == BEST and sense == 0 else min(n, 256)
     while True:
         known, complete = _rank(x, n, maxima, groups, size, work)
         # The last one known is only there to be the next of the one before, unless there is no more.
@@ -927,7 +928,10 @@ def _search(code, at, registers, x, n, maxima, groups, maps, k, peak, work):
                         registers[base : base + TOP_SET, 0] = lanes[base : base + TOP_SET, i - 1]
                     return start + i
             start += some
-            if op == LONGEST:
+            if op == BEST:
+                if sense != 0 and most >= lanes[code[at, 2], some - 1]:
+                    return answer
+            else:
                 registers[base : base + TOP_SET, 0] = lanes[base : base + TOP_SET, some - 1]
         if complete:
             return answer if op == BEST else stop

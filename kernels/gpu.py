@@ -780,6 +780,10 @@ def ranking(
             answer = tl.where(better, (start + place + 1).to(tl.float64), answer)
             best = tl.where(better, most, best)
             open_ = ended == 0
+            if (sense != 0) & (usable > 0):
+                # What is behind scores at most that.
+                known_in = tl.where(limit >= base, lanes_ptr + (limit - base) * PIECE + usable - 1, regs_ptr + limit)
+                open_ = open_ & ((best >= tl.load(known_in)) == 0)
         else:
             fails = alive & (score * sense < bound * sense)
             place = tl.minimum(tl.min(tl.where(fails, lane, PIECE), 0), usable.to(tl.int32))
@@ -1130,9 +1134,9 @@ def ranked_of(logits: Tensor) -> Tensor:
 
 def lanes_of(work: Work, at: int) -> tuple[Tensor, int]:
     """Room for the registers of a piece of top sets, and how many registers from the first of a top set on have it."""
-    _op, _dst, _a, _b, base, count, _bits = work.program.code[at]
+    _op, _dst, limit, _sense, base, count, _bits = work.program.code[at]
     inner = work.program.code[at + 1 : at + 1 + count]
-    span = max([base + TOPS.value, *(field + 1 for one in inner for field in one[1:5])]) - base
+    span = max([base + TOPS.value, limit + 1, *(field + 1 for one in inner for field in one[1:5])]) - base
     rows = len(work.logits)
     return torch.empty(rows, span, work.config.piece, dtype=torch.float64, device=work.logits.device), span
 

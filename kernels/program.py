@@ -83,8 +83,9 @@ class Op(enum.IntEnum):
 
 # LONGEST: a = the bound, b = 1 or -1 (an integer): every top set up to the answer has b * score >= b * bound, or a score of
 # NaN; what is known of the answer's top set is left in its registers, zeros if there is none. BEST: the smallest of several; a
-# NaN is no score. Both: c = the first of TOP_SET registers that hold what is known of a top set, d = number of instructions
-# that belong to it, e = bits of the moments that they read.
+# NaN is no score; where b = 1, a = a bound on the scores of all larger top sets, reckoned with each score. Both: c = the first
+# of TOP_SET registers that hold what is known of a top set, d = number of instructions that belong to it, e = bits of the
+# moments that they read.
 TOP_SET_MOMENTS = 3
 """Where the moments begin among the registers of a top set."""
 TOP_SET = TOP_SET_MOMENTS + len(MOMENT_NAMES)
@@ -454,21 +455,36 @@ class Builder:
         self._write(Op.BAND, 0, low.register, high.register)
 
     def search(
-        self, score: Callable[[int], tuple[Number, Sequence[str]]], bound: Number | None = None, sense: int = 1
+        self,
+        score: Callable[[int], tuple[Number, Sequence[str]]],
+        bound: Number | None = None,
+        sense: int = 1,
+        later: Callable[[int], Number] | None = None,
     ) -> Number:
         """`Op.LONGEST`, or `Op.BEST` without a ``bound``.
 
-        ``score`` is given the first register of a top set; it writes the score and says which moments it read.
+        ``score`` is given the first register of a top set; it writes the score and says which moments it read. So is ``later``,
+        which writes a bound on the scores of all larger ones.
         """
         base, dst = self._take(TOP_SET), self._take(1)
         limit = 0 if bound is None else bound.register
         place = len(self._code)
         self._code.append(())
         value, moments = score(base)
+        rest = later(base) if later else None
+        if rest is not None:
+            limit, sense = rest.register, 1
+        elif bound is None:
+            sense = 0
         self._write(Op.SCORE, 0, value.register)
         inner = self._code[place + 1 :]
         # What the score asks of the whole row is the same for every top set.
-        asked = [one for one in inner if one[0] in (Op.PEAK, Op.MOMENTS, Op.CURVATURE)]
+        constants = {register for register, _ in self._constants.values()}
+        asked = [
+            one
+            for one in inner
+            if one[0] in (Op.PEAK, Op.MOMENTS, Op.CURVATURE) or (one[0] == Op.SMALLEST and one[2] in constants)
+        ]
         inner = [one for one in inner if one not in asked]
         if any(one[0] in READS or one[0] in (Op.AFFINE, Op.BAND) for one in inner):
             raise Untraceable("its score reads more of the row than statistics")

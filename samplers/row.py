@@ -123,8 +123,11 @@ class Row(Protocol):
         ``score`` must depend on nothing but the `TopSets`; a score that is NaN counts as within.
         """
 
-    def best(self, score: Callable[[TopSets], Tensor]) -> Tensor:
-        """Size of the top set of largest score, the smallest of several."""
+    def best(self, score: Callable[[TopSets], Tensor], *, later: Callable[[TopSets], Tensor] | None = None) -> Tensor:
+        """Size of the top set of largest score, the smallest of several.
+
+        Where all larger top sets are known to score at most ``later``, they need not be looked at.
+        """
 
     def head(self, size: int) -> Row:
         """The rows cut to their ``size`` most probable tokens, without regard to ties."""
@@ -265,9 +268,9 @@ class BaseRow:
         sign = 1.0 if at_least is not None else -1.0
         return ranking.longest(lambda top: sign * score(top), (sign * bound)[:, 0].expand(len(ranking.state)))[:, None]
 
-    def best(self, score: Callable[[TopSets], Tensor]) -> Tensor:
+    def best(self, score: Callable[[TopSets], Tensor], *, later: Callable[[TopSets], Tensor] | None = None) -> Tensor:
         self.reads.add("top sets")
-        return self._ranking().best(score)[:, None]
+        return self._ranking().best(score, later)[:, None]
 
 
 class DenseRow(BaseRow):
@@ -362,9 +365,9 @@ class TopSets(BaseRow):
     """The sets of the k most probable tokens of some rows, for every k of a range at once; everything (B, m).
 
     They have the statistics of a row, each of the row cut to that set, and besides ``mass``, their probability; ``value``, the
-    logit of their last token; ``below``, the logit of the next one (-inf behind the last); and ``curvature``, the running sum
-    of the absolute second differences of the ranked probabilities, up to the one centred on the set's last token, as a share of
-    all of them (NaN where there are none).
+    logit of their last token; ``below``, the logit of the next one (-inf behind the last); ``least``, the smallest kept logit
+    of the row; and ``curvature``, the running sum of the absolute second differences of the ranked probabilities, up to the one
+    centred on the set's last token, as a share of all of them (NaN where there are none).
     """
 
     def __init__(self, ranking: Ranking, some: Tensor, start: int, stop: int, carry: Carry):
@@ -404,6 +407,10 @@ class TopSets(BaseRow):
         return (self.logz - self._ranking_.logz[self._some]).exp()
 
     @property
+    def least(self) -> Tensor:
+        return self._ranking_.least[self._some]
+
+    @property
     def curvature(self) -> Tensor:
         return self.bent / self._ranking_.curvature[self._some]
 
@@ -439,6 +446,14 @@ class Ranking:
         if "logz" not in self._whole:
             self._whole["logz"] = TopSets(self, self.rows, 0, self.width, {}).logz[:, -1:]
         return self._whole["logz"]
+
+    @property
+    def least(self) -> Tensor:
+        """(U, 1) smallest kept logit, inf if there is none."""
+        if "least" not in self._whole:
+            values = self.values(self.rows, 0, self.width)
+            self._whole["least"] = values.masked_fill(values.isneginf(), torch.inf).amin(-1, keepdim=True)
+        return self._whole["least"]
 
     @property
     def curvature(self) -> Tensor:
@@ -479,7 +494,7 @@ class Ranking:
                 break
         return answer
 
-    def best(self, score: Callable[[TopSets], Tensor]) -> Tensor:
+    def best(self, score: Callable[[TopSets], Tensor], later: Callable[[TopSets], Tensor] | None = None) -> Tensor:
         """(N,) sizes, as floats."""
         some = self.rows
         carry: Carry = {}
@@ -492,6 +507,8 @@ class Ranking:
             found, where = given.max(-1, keepdim=True)
             size = torch.where(found > most, (start + where + 1).to(size), size)
             most = most.maximum(found)
+            if later is not None and bool((most >= later(top)[:, -1:]).all()):
+                break
             carry = top.last()
         return size[self.state, 0]
 

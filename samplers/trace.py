@@ -131,8 +131,11 @@ class SymbolicRow(_Searched):
     def smallest_from(self, level: Tensor) -> Any:
         return self._builder.smallest(level)
 
-    def best(self, score: Callable[[Any], Any]) -> Any:
-        return self._builder.search(self._scored(score))
+    def best(self, score: Callable[[Any], Any], *, later: Callable[[Any], Any] | None = None) -> Any:
+        if later is None:
+            return self._builder.search(self._scored(score))
+        rest = self._scored(later)
+        return self._builder.search(self._scored(score), later=lambda base: rest(base)[0])
 
     def head(self, size: int) -> SymbolicHead:
         return SymbolicHead(self._builder, size)
@@ -182,14 +185,23 @@ class SymbolicTopSet(_Symbolic):
         return (self.logz - self._row.logz).exp()
 
     @property
+    def least(self) -> Any:
+        return self._whole.min
+
+    @property
     def below(self) -> Any:
         return self._known(1)
 
     @property
     def curvature(self) -> Any:
-        return self._known(2) / self._builder.curvature()
+        return self._known(2) / self._whole._builder.curvature()
 
     def _known(self, place: int) -> Number:
-        if isinstance(self._row, SymbolicHead):
+        return Number(self._whole._builder, self._base + place)
+
+    @property
+    def _whole(self) -> SymbolicRow:
+        """What the top sets are of, with all that lies behind them."""
+        if not isinstance(self._row, SymbolicRow):
             raise Untraceable("it asks the top sets of a head for what lies behind them")
-        return Number(self._builder, self._base + place)
+        return self._row

@@ -191,7 +191,10 @@ def min_k(row: Row, tau: Tensor = Param(3.0, low=0, sweep=(3.0, 100.0, 200.0, 40
     Differs: the cliff does not see temperature; the fallback does, and is below one token for tau = 3 on real rows, whose range
     is tens of logits. The larger values that are compared here are ours.
     """
-    cliff = row.best(lambda top: torch.where(top.below.isfinite(), (top.value - top.below) / top.count, torch.nan))
+    cliff = row.best(
+        lambda top: torch.where(top.below.isfinite(), (top.value - top.below) / top.count, torch.nan),
+        later=lambda top: (top.below - top.least) / (top.count + 1),  # a fall down to the last, right behind
+    )
     fallback = torch.floor(tau / (row.max - row.min)).nan_to_num(nan=1.0, posinf=torch.inf)  # 0 / 0 on a flat row
     return row.upper(count=torch.maximum(cliff, fallback))
 

@@ -134,7 +134,16 @@ def test_a_rule_of_ones_own_runs_compiled(monkeypatch):
         size = few.longest(lambda top: torch.maximum(top.mass, top.count / few.count), at_most=share)
         return torch.minimum(row.upper(count=size), few.logz + few.mean - few.std)
 
-    for chain in (middle(0.5), much_of_few(), middle(0.9) | much_of_few(0.35)):
+    @decal.rule()
+    def widest_gap(row, most=decal.Param(50.0, low=0, high=100)):
+        """Keep tokens down to the widest gap among the first ones."""
+
+        def gap(top):
+            return torch.where(top.count <= most, (top.value - top.below).nan_to_num(posinf=0.0), -1.0)
+
+        return row.upper(count=row.best(gap, later=lambda top: torch.where(top.count < most, top.below - top.least, -1.0)))
+
+    for chain in (middle(0.5), much_of_few(), middle(0.9) | much_of_few(0.35), widest_gap(), widest_gap(2) | middle()):
         for x in (torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)), torch.eye(4, 9), torch.zeros(2, 7)):
             with decal.kernels.dispatch.use("reference"):
                 wanted = chain(x)
