@@ -923,7 +923,7 @@ def _search(code, at, registers, x, n, maxima, groups, maps, k, peak, work):
                 if op == BEST:
                     if score[i] > most:
                         most, answer = score[i], start + i + 1
-                elif score[i] == score[i] and not sense * score[i] >= sense * bound:
+                elif sense * score[i] < sense * bound:
                     if i > 0:
                         registers[base : base + TOP_SET, 0] = lanes[base : base + TOP_SET, i - 1]
                     return start + i

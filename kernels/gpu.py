@@ -538,7 +538,7 @@ def list_top(
         n = tl.sum(listed.to(tl.int32), 0)
         if n > 0:
             entry = tl.atomic_add(state_ptr + SUMS + 2, n.to(tl.int64), sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
-            tl.store(list_ptr + entry, z, mask=listed)
+            tl.store(list_ptr + entry, z, mask=listed & (entry < ROOM))
     tl.atomic_max(state_ptr + SECOND, tl.max(most, 0).to(tl.int64) - KEY_MIN, sem="relaxed")
 
 
@@ -767,7 +767,7 @@ def ranking(
         if bits & 16:
             running(slot + 7 * PIECE, weight(0.5 * d), alive, sums_ptr + 8, 1.0)
         if bits & 96:
-            d *= small
+            d = tl.maximum(d, -1.7976931348623157e308) * small
             running(slot + 8 * PIECE, d, alive, sums_ptr + 10, large)
             running(slot + 9 * PIECE, d * d, alive, sums_ptr + 12, large * large)
         tl.debug_barrier()
@@ -1129,7 +1129,9 @@ def bin_block(config: Config, op: int) -> int:
 def ranked_of(logits: Tensor) -> Tensor:
     """(B, V) logits in decreasing order, made finite as the kernels do."""
     top = torch.finfo(logits.dtype).max
-    return logits.float().nan_to_num(nan=-torch.inf, posinf=top, neginf=-torch.inf).sort(-1, descending=True).values
+    return (
+        logits.float().nan_to_num(nan=-torch.inf, posinf=top, neginf=-torch.inf).sort(-1, descending=True).values.contiguous()
+    )
 
 
 def lanes_of(work: Work, at: int) -> tuple[Tensor, int]:

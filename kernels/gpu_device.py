@@ -436,7 +436,7 @@ def worth_of(v, top, KIND: tl.constexpr):
 def bin_scale(share, center, top, V, NB: tl.constexpr, KIND: tl.constexpr):
     """Bins per unit of cost. Tokens so unlikely that all of them together can't matter fall behind the last bin."""
     rest = tl.maximum(1.0 - share, 1e-13)
-    reach = tl.minimum(tl.log(V.to(tl.float64)) - tl.log(rest) + 0.01, 30.0)
+    reach = tl.minimum(tl.log(tl.full((), V, tl.float64)) - tl.log(rest) + 0.01, 30.0)
     reach = tl.maximum(reach, 0.01)
     if KIND == NEAREST:
         reach = tl.maximum(tl.abs(top - center), tl.abs(center - top + reach))
@@ -468,7 +468,7 @@ def bracket(down, up, count, target, total, gap, scale, V, NB: tl.constexpr, KIN
         most += up * tl.exp(tl.minimum(gap + far, 0.0))
         fewest += up * tl.exp(tl.minimum(gap + near, 0.0))
     # Rounding of the bins, of the exponentials and of the masses themselves.
-    slack = V.to(tl.float64) * UNIT + 1e-12
+    slack = tl.full((), V, tl.float64) * UNIT + 1e-12
     upper, lower = tl.cumsum(most, 0) * (1 + 1e-9) + slack, tl.cumsum(fewest, 0) * (1 - 1e-9) - slack
     behind = (count - tl.sum((down + up).to(tl.int64), 0)).to(tl.float64) * tl.exp(tl.minimum(gap - NB / scale, 0.0))
     whole = total.to(tl.float64) * UNIT

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
@@ -81,11 +81,10 @@ class Op(enum.IntEnum):
     SCORE = 44  # ends the instructions that belong to LONGEST and BEST; a = the score
 
 
-# LONGEST: a = the bound, b = 1 or -1 (an integer): every top set up to the answer has b * score >= b * bound, or a score of
-# NaN; what is known of the answer's top set is left in its registers, zeros if there is none. BEST: the smallest of several; a
-# NaN is no score; where b = 1, a = a bound on the scores of all larger top sets, reckoned with each score. Both: c = the first
-# of TOP_SET registers that hold what is known of a top set, d = number of instructions that belong to it, e = bits of the
-# moments that they read.
+# LONGEST: a = the bound, b = 1 or -1 (an integer): no top set up to the answer has b * score < b * bound; what is known of its
+# top set is left in its registers, zeros if there is none. BEST: the smallest of several; a NaN is no score; where b = 1, a = a
+# bound on the scores of all larger top sets, reckoned with each score. Both: c = the first of TOP_SET registers that hold what
+# is known of a top set, d = number of instructions that belong to it, e = bits of the moments that they read.
 TOP_SET_MOMENTS = 3
 """Where the moments begin among the registers of a top set."""
 TOP_SET = TOP_SET_MOMENTS + len(MOMENT_NAMES)
@@ -459,7 +458,7 @@ class Builder:
         score: Callable[[int], tuple[Number, Sequence[str]]],
         bound: Number | None = None,
         sense: int = 1,
-        later: Callable[[int], Number] | None = None,
+        later: Callable[[int], tuple[Number, Sequence[str]]] | None = None,
     ) -> Number:
         """`Op.LONGEST`, or `Op.BEST` without a ``bound``.
 
@@ -470,10 +469,11 @@ class Builder:
         limit = 0 if bound is None else bound.register
         place = len(self._code)
         self._code.append(())
-        value, moments = score(base)
-        rest = later(base) if later else None
-        if rest is not None:
-            limit, sense = rest.register, 1
+        value, read = score(base)
+        moments = set(read)
+        if later is not None:
+            rest, more = later(base)
+            limit, sense, moments = rest.register, 1, moments | set(more)
         elif bound is None:
             sense = 0
         self._write(Op.SCORE, 0, value.register)
@@ -503,6 +503,6 @@ class Builder:
         return Number(self, dst)
 
 
-def bits_of(names: Sequence[str]) -> int:
+def bits_of(names: Iterable[str]) -> int:
     """Names of moments as bits."""
     return sum(1 << MOMENT_NAMES.index(name) for name in set(names))

@@ -132,10 +132,7 @@ class SymbolicRow(_Searched):
         return self._builder.smallest(level)
 
     def best(self, score: Callable[[Any], Any], *, later: Callable[[Any], Any] | None = None) -> Any:
-        if later is None:
-            return self._builder.search(self._scored(score))
-        rest = self._scored(later)
-        return self._builder.search(self._scored(score), later=lambda base: rest(base)[0])
+        return self._builder.search(self._scored(score), later=self._scored(later) if later else None)
 
     def head(self, size: int) -> SymbolicHead:
         return SymbolicHead(self._builder, size)

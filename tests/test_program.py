@@ -143,7 +143,26 @@ def test_a_rule_of_ones_own_runs_compiled(monkeypatch):
 
         return row.upper(count=row.best(gap, later=lambda top: torch.where(top.count < most, top.below - top.least, -1.0)))
 
-    for chain in (middle(0.5), much_of_few(), middle(0.9) | much_of_few(0.35), widest_gap(), widest_gap(2) | middle()):
+    @decal.rule()
+    def bounded_by_moments(row, p=decal.Param(0.5, low=0, high=1)):
+        """Keep the top set of the largest count, which is everything, as no bound is reached before."""
+        return row.upper(count=row.best(lambda top: top.count, later=lambda top: 1e6 + top.log_half + top.logz))
+
+    @decal.rule()
+    def bounded_by_nan(row, p=decal.Param(0.5, low=0, high=1)):
+        """Keep everything, as no score is beyond what is no number."""
+        return row.upper(count=row.longest(lambda top: top.count, at_most=0 * row.std / (0 * row.std)))
+
+    assert (bounded_by_moments()(torch.randn(2, 3000)) > -math.inf).all()
+    for chain in (
+        bounded_by_moments(),
+        bounded_by_nan(),
+        middle(0.5),
+        much_of_few(),
+        middle(0.9) | much_of_few(0.35),
+        widest_gap(),
+        widest_gap(2) | middle(),
+    ):
         for x in (torch.randn(5, 3000, generator=torch.Generator().manual_seed(0)), torch.eye(4, 9), torch.zeros(2, 7)):
             with decal.kernels.dispatch.use("reference"):
                 wanted = chain(x)

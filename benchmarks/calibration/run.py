@@ -2,7 +2,7 @@
 
     python benchmarks/calibration/run.py --model smollm2 --out results/smollm2
 
-One file for each task and a second run goes on where the first stopped.
+One file for each task. A second run goes on where the first stopped, and adds the families that a file lacks.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def main(model: str, most_prefixes: int, shots: int | None, families: str | None
             samples[question.task.name] = here
     for question in questions:
         file = out / f"{question.task.name}.npz"
-        if not file.exists():
-            one(loaded, question, chosen, samples, file)
+        known = dict(np.load(file)) if file.exists() else {}
+        missing = [s for s in chosen if s.family not in set(known.get("family", []))]
+        if missing:
+            one(loaded, question, missing, samples, file, known)
             print(question.task.name, flush=True)
 
 
@@ -95,8 +97,9 @@ def one(
     chosen: Sequence[Setting],
     samples: dict[str, list[calibrate.Sample]],
     file: Path,
+    known: dict[str, np.ndarray],
 ) -> None:
-    """Evaluate a task and keep everything."""
+    """Evaluate a task and keep everything, behind what is known of it."""
     import io
 
     try:
@@ -107,16 +110,20 @@ def one(
     result = Evaluation(loaded, mine).run(question)
     buffer = io.BytesIO()
     names = [str(s.chain) for s in chosen] + result.setting[len(chosen) :]
-    np.savez_compressed(
-        buffer,
-        family=np.asarray(result.family),
-        setting=np.asarray(names),
-        validity=result.validity,
-        diversity=np.nan_to_num(result.diversity),
-        size=question.valid.size,
-        prefixes=result.nodes,
-        weights=json.dumps(own),
-    )
+    found = {
+        "family": np.asarray(result.family),
+        "setting": np.asarray(names),
+        "validity": result.validity,
+        "diversity": np.nan_to_num(result.diversity),
+    }
+    if known:
+        # Settings first, then the oracles, which were there before.
+        split = int(np.flatnonzero(np.char.startswith(known["family"], "oracle"))[0])
+        found = {
+            name: np.concatenate([known[name][:split], new[: len(chosen)], known[name][split:]]) for name, new in found.items()
+        }
+    about = {"size": question.valid.size, "prefixes": result.nodes, "weights": json.dumps(own)}
+    np.savez_compressed(buffer, **{**about, **known, **found})
     atomic_write(file, buffer.getvalue())
 
 

@@ -38,7 +38,7 @@ SELECTIONS = (Op.COUNT_UPPER, Op.MASS_UPPER, Op.NEAREST)
 
 
 class Job(NamedTuple):
-    """A kernel and its constants."""
+    """A kernel and its constants. Among these Triton counts a V of 1."""
 
     kernel: Any
     label: str
@@ -75,11 +75,17 @@ def jobs() -> list[Job]:
                 selection = {"NB": gpu.bins_for(config, op), "KIND": int(op)}
                 add(gpu.count_bins, f"count_bins {op.name.lower()}", BLOCK=block, LISTED=0, **selection)
                 add(gpu.choose, f"choose {op.name.lower()}", ROOM=config.room, **selection)
+            one_token = {"NB": config.bins, "KIND": int(Op.MASS_UPPER)}
             listed = {"NB": config.bins, "KIND": int(Op.COUNT_UPPER), "LISTED": config.room}
             add(gpu.count_bins, "count_bins list", BLOCK=gpu.bin_block(config, Op.COUNT_UPPER), **listed)
             add(gpu.list_top, "list_top", NB=config.bins, ROOM=config.room)
             add(gpu.ranking, "ranking", PIECE=config.piece, ROOM=config.room, NB=config.bins // 2)
             add(gpu.curvature, "curvature")
+            if number == 0:
+                add(gpu.count_bins, "count_bins of 1", BLOCK=gpu.bin_block(config, Op.MASS_UPPER), V=1, LISTED=0, **one_token)
+                add(gpu.choose, "choose of 1", V=1, ROOM=config.room, **one_token)
+                add(gpu.list_top, "list_top of 1", V=1, NB=config.bins, ROOM=config.room)
+                add(gpu.ranking, "ranking of 1", V=1, PIECE=config.piece, ROOM=config.room, NB=config.bins // 2)
             add(gpu.race, "race", PARTS=triton.next_power_of_2(config.splits))
     return found
 

@@ -169,6 +169,14 @@ def test_strides():
         agree(gpu.transform(program, logits, config=SMALL)[0], executor.transform(program, logits), program)
 
 
+def test_rows_that_overlap():
+    program, logits = (
+        program_of("tail_free(0.6)"),
+        torch.randn(40, generator=torch.Generator().manual_seed(0)).unfold(0, 30, 1)[:3],
+    )
+    agree(gpu.transform(program, logits, config=SMALL)[0], executor.transform(program, logits), program)
+
+
 def test_in_place():
     program, logits = program_of("temperature(2) | top_k(9)"), rows.ordinary(3, 500)
     want, before = executor.transform(program, logits), logits.clone()
