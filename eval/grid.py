@@ -104,9 +104,6 @@ RANGE = (0.5, 3.0)
 READ = ("min_p", "top_p", "top_k", "top_n_sigma")
 """Cuts that are tried on what several prompts say together."""
 
-HEAT = (1.0, 4.0)
-"""Where ``t`` of ``edt`` is drawn from behind such a cut: hot where a row branches, as it cools down where it is sure."""
-
 
 def drawn(budget: int, seed: int = 0, *, prompts: bool = False, rules: Sequence[str] = ()) -> list[Setting]:
     """``budget`` settings of every sampler, spread evenly over what its parameters declare worth comparing (Halton's sequence).
@@ -116,7 +113,7 @@ def drawn(budget: int, seed: int = 0, *, prompts: bool = False, rules: Sequence[
     are left out.
 
     Args:
-        prompts: whether to try the cuts of `READ` on the mean over other prompts too, and `PARTNER` with ``edt`` behind it.
+        prompts: whether to try the cuts of `READ` on the mean over other prompts too.
         rules: names of the rules to try beside plain temperature; all, if none are given.
     """
     spread = [_Axis.of(RANGE), _Axis.of((0.0, 1.0))]
@@ -131,24 +128,14 @@ def drawn(budget: int, seed: int = 0, *, prompts: bool = False, rules: Sequence[
                 first = side < 0.5 and not rule.scale and rule.side != "before"
                 settings.append(Setting(rule.name, heat | cut if first else cut | heat))
                 if prompts and rule.name in READ:
-                    settings.append(Setting(f"ensemble | {rule.name}", _together(side) | cut | heat))
+                    weights = find("ensemble").params["weight"].sweep
+                    read = find("ensemble")(weights[int(side * len(weights))])  # few, as rows are written anew for each
+                    settings.append(Setting(f"ensemble | {rule.name}", read | cut | heat))
         else:
             for p, *values in _points([_Axis.of((CUTS[-1], CUTS[0])), *own.values()], budget, seed):
                 chain = find(PARTNER)(p) | rule(**dict(zip(own, values, strict=True)))
                 settings.append(Setting(f"{PARTNER} | {rule.name}", chain))
-    if prompts and (not rules or PARTNER in rules):
-        edt = find("edt")
-        axes = [_Axis.of((0.0, 1.0)), _Axis.of((CUTS[-1], CUTS[0])), _Axis.of(HEAT), _Axis.of(edt.params["theta"].sweep)]
-        for side, p, t, theta in _points(axes, budget, seed):
-            chain = _together(side) | find(PARTNER)(p) | edt(t, theta)
-            settings.append(Setting(f"ensemble | {PARTNER} | edt", chain))
     return settings
-
-
-def _together(share: float) -> Chain:
-    """The mean over other prompts, at one of a few weights, as rows are written anew for each."""
-    weights = find("ensemble").params["weight"].sweep
-    return find("ensemble")(weights[int(share * len(weights))])
 
 
 @dataclass(frozen=True)

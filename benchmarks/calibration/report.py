@@ -20,8 +20,7 @@ from decal.eval.paths import atomic_write
 
 FLOORS = (0.5, 0.8, 0.9)
 FULL = "ensemble | min_p"
-BRANCHING = "ensemble | min_p | edt"
-READ = (FULL, BRANCHING, "ensemble | top_p", "ensemble | top_k", "ensemble | top_n_sigma")
+READ = ("ensemble | min_p", "ensemble | top_p", "ensemble | top_k", "ensemble | top_n_sigma")
 LEAST_GAP = 0.02
 WORSE = 0.02
 RESAMPLES = 2000
@@ -126,7 +125,7 @@ def contenders(runs: Runs) -> dict[str, np.ndarray]:
     """By name, the settings of everything that is compared."""
     found = {f"row only: {family}": runs.of(family) for family in ROW_ONLY}
     found |= {f"{'full' if family == FULL else 'reads prompts'}: {family}": runs.of(family) for family in READ}
-    found |= {"reads prompts: any of these": runs.of(*READ), "baselines and all of these": np.arange(len(runs.family))}
+    found |= {"reads prompts: any of the four": runs.of(*READ), "baselines and all of these": np.arange(len(runs.family))}
     return {name: settings for name, settings in found.items() if len(settings)}
 
 
@@ -174,7 +173,7 @@ def floor_table(runs: Runs, floor: float) -> str:
 
 def shown(runs: Runs) -> dict[str, tuple[str, ...]]:
     """By name, the families that are shown task by task: those that were run."""
-    found = {"baseline": BASELINES, ROW_ONLY[0]: ROW_ONLY[:1], FULL: (FULL,), BRANCHING: (BRANCHING,)}
+    found = {"baseline": BASELINES, ROW_ONLY[0]: ROW_ONLY[:1], FULL: (FULL,)}
     return {name: families for name, families in found.items() if len(runs.of(*families))}
 
 
