@@ -407,7 +407,7 @@ long. In brackets: the 95 % interval has 1 in it.
   smollm2 for V = 49,152 and of gemma3-270m for V = 262,144; V = 32,000 and 131,072 are the first columns of the latter.
   All float32.
 - *transformers*: its warpers one after the other, then `softmax` and `multinomial` where a token is drawn. It has no
-  `top_n_sigma`. Its `top_h` is decal's variant `cumulative`, which decal runs in plain torch.
+  `top_n_sigma`. Its `top_h` is decal's variant `cumulative`.
 - *torch by hand*: what one would write oneself: `topk`, `where`, a sort for top-p; after a top-k only on the tokens that
   are left.
 - *vLLM*: its functions `apply_top_k_top_p_pytorch`, `MinPLogitsProcessor.apply` and `random_sample`, called as on its CPU
@@ -496,6 +496,11 @@ def page(results: Mapping[str, Any]) -> str:
         absolute=absolute_table(results),
     )
     more = alone_page(results.get("alone")) + start_page(results.get("start")) + decode_page(results.get("decode"))
+    title, intro, rest = text.split("\n\n", 2)
+    for only, one in results.get("again", {}).items():
+        told = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+        intro += f"\nCells that match `{only}` were measured again on {one['date']}: {told}."
+    text = "\n\n".join((title, intro, rest))
     absent = [*(f"- {name}: {why}" for name, why in results["missing"].items()), *sorted(left_out)]
     if absent:
         more += ["## Left out", "\n".join(absent)]
@@ -679,16 +684,25 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part != ["page"]:
         before = load()
-        results.update(date=date.today().isoformat(), versions=versions())
-        results["machine"] = {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-            "threads": torch.get_num_threads(),
-            "told": options.threads is not None,
-            "load_before": before,
-            "load_after": None,
-        }
+        now = {"date": date.today().isoformat(), "versions": versions()}
+        if options.only and results.get("cells"):
+            # What else is there keeps the date and the versions that it was measured with.
+            results.setdefault("again", {})[options.only] = now
+        else:
+            results.update(now, again={})
+        results["machine"] = (
+            results["machine"]
+            if options.only and results.get("machine")
+            else {
+                "processor": processor(),
+                "cores": os.cpu_count(),
+                "system": platform.system(),
+                "threads": torch.get_num_threads(),
+                "told": options.threads is not None,
+                "load_before": before,
+                "load_after": None,
+            }
+        )
         if "ratios" in options.part:
             measure_ratios(results, options, save)
         if "alone" in options.part:
@@ -702,7 +716,8 @@ def main() -> None:
         if "decode" in options.part:
             print("decoding", file=sys.stderr, flush=True)
             results["decode"] = measure_decode(options)
-        results["machine"]["load_after"] = load()
+        if not results["again"].get(options.only):
+            results["machine"]["load_after"] = load()
         save()
     if "page" in options.part and results.get("cells"):
         (options.out / "speed.md").write_text(page(results))
