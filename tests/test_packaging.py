@@ -43,7 +43,7 @@ def sources() -> set[str]:
 
 def test_wheel_holds_every_source_and_nothing_else(wheel):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert names == sources() | {"decal/__init__.py", "decal/py.typed"}
+    assert names == sources() | {"decal/__init__.py", "decal/__main__.py", "decal/py.typed"}
 
 
 def test_wheel_runs_without_the_checkout(wheel, tmp_path):
@@ -70,6 +70,10 @@ def test_importing_decal_imports_nothing_heavy():
 
 def test_version_is_the_distribution_s():
     assert f'version = "{decal.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_package_runs_as_the_command():
+    assert run(sys.executable, "-m", "decal", "--version") == f"decal, version {decal.__version__}\n"
 
 
 def test_task_in_the_readme_is_a_task(tmp_path):
