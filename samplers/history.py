@@ -14,7 +14,7 @@ from torch import Tensor
 from decal.kernels.reference import wide
 from decal.samplers.context import History
 from decal.samplers.reshaping import towards
-from decal.samplers.row import Band, Keep, Map, Row
+from decal.samplers.row import Affine, Band, Keep, Map, Row
 from decal.samplers.rule import Choice, Feedback, Param, State, Tokens, rule
 from decal.samplers.truncation import zipf_size
 
@@ -92,6 +92,25 @@ def frequency_penalty(
     """
     row.history  # noqa: B018
     return Map(lambda z: z - a * _counts(row, window, scope), monotone=False)
+
+
+@rule(paper="arXiv:2309.02772")
+def adapt(
+    row: Row,
+    first: Tensor = Param(2.0, low=0, off=1.0, sweep=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0)),
+    rest: Tensor = Param(0.7, low=0, off=1.0),
+) -> Affine:
+    """Divide the logits by ``first`` for the first generated token and by ``rest`` for all others.
+
+    Maps z to z / T. Where an answer begins, many are possible; behind that a surprise is more often a mistake, and mistakes add
+    up. At 0 only the modes stay. Adaptive Temperature Sampling (AdapT), Zhu et al. 2023.
+
+    Differs: the paper is about code, and calls every token that begins a block of it challenging; here it is the first of all.
+    The paper has no cut; cut first if ``first`` is above 1.
+    """
+    history = row.history
+    t = torch.where(history.length <= history.prompt, first, rest)
+    return Affine(1 / t, torch.zeros_like(t))
 
 
 @rule(paper="arXiv:1705.04304", scale=True)

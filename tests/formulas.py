@@ -529,6 +529,10 @@ def frequency_penalty(z: Row, a: float, window: int, scope: str, text: Sequence[
     return reshaped(z, out)
 
 
+def adapt(z: Row, first: float, rest: float, text: Sequence[int], prompt: int) -> Answer:
+    return with_temperature(z, rest if len(text) > prompt else first)
+
+
 def no_repeat_ngram(z: Row, n: int, text: Sequence[int], prompt: int) -> Answer:
     """A row where every token would be dropped is left alone."""
     seen = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)}
@@ -754,7 +758,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
         *(top_k, top_p, min_p, top_n_sigma, epsilon, eta, top_a, typical, p_less, p_less_norm, tail_free, top_h, min_k, ees),
         *(mirostat_k, temperature, flatten, dynamic_temperature, edt, quadratic, target_entropy, cap, power_law, skew),
         *(sparsemax, entmax, l0_bregman, best_of_k),
-        *(repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram, dry, xtc, mirostat, adaptive_p),
+        *(repetition_penalty, presence_penalty, frequency_penalty, adapt, no_repeat_ngram, dry, xtc, mirostat, adaptive_p),
         *(min_validity, risk_budget, conformal_nucleus, calibrated_top_k, top_w, basis_aware, guided, ensemble, contrast),
     )
 }

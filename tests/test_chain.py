@@ -319,7 +319,7 @@ def test_pickling() -> None:
     [
         ("minp(0.1)", r"^unknown rule 'minp'; did you mean min_p\?$"),
         ("top_q(0.1)", r"^unknown rule 'top_q'; did you mean top_[pkawh]\?$"),
-        ("zzzz", r"^unknown rule 'zzzz'; known are adaptive_p, .*, xtc$"),
+        ("zzzz", r"^unknown rule 'zzzz'; known are adapt, adaptive_p, .*, xtc$"),
         ("min_p(q=0.1)", r"^min_p has no parameter 'q'; it has p$"),
         ("min_p(0.1, 0.2)", r"^min_p takes at most 1 parameters \(p\), got 2$"),
         ("min_p(0.1, p=0.2)", r"^min_p: p was given twice$"),

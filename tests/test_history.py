@@ -42,6 +42,7 @@ OTHERS = [
     "dry(0.8, 1.75, 1)",
     "repetition_penalty(1.3) | presence_penalty(0.7) | frequency_penalty(0.4)",
     "no_repeat_ngram(2) | temperature(1.5)",
+    "min_p(0.05) | adapt(3.0, 0.6)",
     "xtc(0.05, 0.5) | presence_penalty(1.5) | temperature(1.2) | mirostat(3.0, 0.3) | min_p(0.01)",
 ]
 CHAINS = FEEDBACK + OTHERS

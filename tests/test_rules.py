@@ -101,6 +101,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "frequency_penalty": [
         {"a": a, "window": w, "scope": s} for a, w, s in ((1.5, 0, "all"), (-0.5, 4, "generated"), (0.3, 6, "all"))
     ],
+    "adapt": [{"first": a, "rest": b} for a, b in ((2.0, 0.5), (0.0, 3.0), (1.0, 0.0), (5.0, 1.0))],
     "no_repeat_ngram": [{"n": n} for n in (1, 2, 4)],
     "dry": [
         {"multiplier": 0.3, "base": 2.0, "allowed_length": 1},
