@@ -685,15 +685,13 @@ def main() -> None:
     if options.part != ["page"]:
         before = load()
         now = {"date": date.today().isoformat(), "versions": versions()}
-        if options.only and results.get("cells"):
-            # What else is there keeps the date and the versions that it was measured with.
+        again = bool(options.only and results.get("cells"))
+        if again:
+            # What else is there keeps the date, the versions and the machine that it was measured with.
             results.setdefault("again", {})[options.only] = now
         else:
             results.update(now, again={})
-        results["machine"] = (
-            results["machine"]
-            if options.only and results.get("machine")
-            else {
+            results["machine"] = {
                 "processor": processor(),
                 "cores": os.cpu_count(),
                 "system": platform.system(),
@@ -702,7 +700,6 @@ def main() -> None:
                 "load_before": before,
                 "load_after": None,
             }
-        )
         if "ratios" in options.part:
             measure_ratios(results, options, save)
         if "alone" in options.part:
@@ -716,7 +713,7 @@ def main() -> None:
         if "decode" in options.part:
             print("decoding", file=sys.stderr, flush=True)
             results["decode"] = measure_decode(options)
-        if not results["again"].get(options.only):
+        if not again:
             results["machine"]["load_after"] = load()
         save()
     if "page" in options.part and results.get("cells"):

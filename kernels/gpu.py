@@ -113,7 +113,7 @@ class Config(NamedTuple):
         splits: programs per row, at most.
         bins: of a selection.
         room: tokens in the list of candidates of a selection; where there are more, one program reads the row again.
-        piece: top sets that are looked at at a time.
+        piece: top sets that are looked at at a time, at least 2.
     """
 
     block: int = 2048
@@ -523,7 +523,6 @@ def list_top(
     list_ptr += row * ROOM
     low, high, sign = interval_of(state_ptr)
     top = value_at(tl.load(state_ptr + PEAK), sign, maps_ptr, maps)
-    per_bin = bin_scale(0.0 * top, top, top, V, NB, COUNT_UPPER)
     first = tl.load(state_ptr + FIRST)
     scale, origin, shift = first_map(maps_ptr, maps)
     most = tl.full([BLOCK], KEY_MIN, tl.int32)
@@ -534,7 +533,7 @@ def list_top(
         v = value_of(tl.where(kept, z, 0.0), scale, origin, shift, maps_ptr, maps)
         v = tl.where(kept, v, top)
         most = tl.maximum(most, tl.where(kept & (v < top), u, KEY_MIN))
-        listed = kept & (bin_of(v, top, top, per_bin, NB, COUNT_UPPER) < first)
+        listed = kept & (bin_of(v, top, top, 1.0, NB, COUNT_UPPER) < first)  # bins of counts have no scale
         n = tl.sum(listed.to(tl.int32), 0)
         if n > 0:
             entry = tl.atomic_add(state_ptr + SUMS + 2, n.to(tl.int64), sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
@@ -1034,7 +1033,6 @@ class Work(NamedTuple):
 
     def options_for(self, warps: int, registers: int) -> dict[str, Any]:
         """The same for another number of warps, and of registers."""
-        top = torch.finfo(self.logits.dtype).max
         top = torch.finfo(self.logits.dtype).max
         bound = {} if torch.version.hip else {"maxnreg": registers}
         return {"TOP": top, "BLOCK": self.config.narrow, "num_warps": warps, "enable_fp_fusion": False, **bound}

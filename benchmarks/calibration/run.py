@@ -122,8 +122,8 @@ def one(
         found = {
             name: np.concatenate([known[name][:split], new[: len(chosen)], known[name][split:]]) for name, new in found.items()
         }
-    about = {"size": question.valid.size, "prefixes": result.nodes, "weights": json.dumps(own)}
-    np.savez_compressed(buffer, **{**about, **known, **found})
+    weights = json.dumps(own) if own or not known else known["weights"]
+    np.savez_compressed(buffer, **found, size=question.valid.size, prefixes=result.nodes, weights=weights)
     atomic_write(file, buffer.getvalue())
 
 
