@@ -101,8 +101,8 @@ def _both_orders(rule: Rule, values: Sequence[tuple[Any, ...]], temperatures: Se
 RANGE = (0.5, 3.0)
 """Temperatures that settings are drawn from, evenly in logarithm."""
 
-READ = ("min_p", "top_p", "top_k", "top_n_sigma")
-"""Cuts that are tried on what several prompts say together."""
+READ = ("min_p", "top_p", "top_k", "top_n_sigma", "adapt")
+"""Rules that are tried on what several prompts say together."""
 
 
 def drawn(budget: int, seed: int = 0, *, prompts: bool = False, rules: Sequence[str] = ()) -> list[Setting]:
@@ -113,29 +113,36 @@ def drawn(budget: int, seed: int = 0, *, prompts: bool = False, rules: Sequence[
     are left out.
 
     Args:
-        prompts: whether to try the cuts of `READ` on the mean over other prompts too.
+        prompts: whether to try the rules of `READ` on the mean over other prompts too.
         rules: names of the rules to try beside plain temperature; all, if none are given.
     """
-    spread = [_Axis.of(RANGE), _Axis.of((0.0, 1.0))]
+    whole = _Axis.of((0.0, 1.0))
     hot = [1.0, *(t for (t,) in _points([_Axis.of((0.3, 3.0))], budget - 1, seed))]
     settings = [Setting("temperature", find("temperature")(t)) for t in hot]
     for rule in [find(name) for name in rules] or _tried(slow=False):
         own = {name: _Axis.of(p.sweep, getattr(p, "integer", False)) for name, p in rule.params.items() if len(p.sweep) > 1}
         if rule.kind in ("truncation", "band", "projection"):
-            for t, side, *values in _points([*spread, *own.values()], budget, seed):
+            for t, side, *values in _points([_Axis.of(RANGE), whole, *own.values()], budget, seed):
                 cut = rule(**dict(zip(own, values, strict=True)))
                 heat = find("temperature")(t)
                 first = side < 0.5 and not rule.scale and rule.side != "before"
                 settings.append(Setting(rule.name, heat | cut if first else cut | heat))
                 if prompts and rule.name in READ:
-                    weights = find("ensemble").params["weight"].sweep
-                    read = find("ensemble")(weights[int(side * len(weights))])  # few, as rows are written anew for each
-                    settings.append(Setting(f"ensemble | {rule.name}", read | cut | heat))
+                    settings.append(Setting(f"ensemble | {rule.name}", _read(side) | cut | heat))
         else:
-            for p, *values in _points([_Axis.of((CUTS[-1], CUTS[0])), *own.values()], budget, seed):
+            for p, *values, side in _points([_Axis.of((CUTS[-1], CUTS[0])), *own.values(), whole], budget, seed):
                 chain = find(PARTNER)(p) | rule(**dict(zip(own, values, strict=True)))
-                settings.append(Setting(f"{PARTNER} | {rule.name}", chain))
+                family = f"{PARTNER} | {rule.name}"
+                settings.append(Setting(family, chain))
+                if prompts and rule.name in READ:
+                    settings.append(Setting(f"ensemble | {family}", _read(side) | chain))
     return settings
+
+
+def _read(share: float) -> Chain:
+    """The mean over other prompts, at a share of the weights worth comparing: few, as rows are written anew for each."""
+    weights = find("ensemble").params["weight"].sweep
+    return find("ensemble")(weights[min(int(share * len(weights)), len(weights) - 1)])
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def frequency_penalty(
 @rule(paper="arXiv:2309.02772")
 def adapt(
     row: Row,
-    first: Tensor = Param(2.0, low=0, off=1.0, sweep=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0)),
-    rest: Tensor = Param(0.7, low=0, off=1.0),
+    first: Tensor = Param(2.0, low=0, off=1.0, sweep=(1.5, 3.0, 5.0)),
+    rest: Tensor = Param(0.7, low=0, off=1.0, sweep=(0.5, 0.9)),
 ) -> Affine:
     """Divide the logits by ``first`` for the first generated token and by ``rest`` for all others.
 

@@ -245,3 +245,9 @@ def test_bad_requests_to_tune(run: Run, model, tmp_path) -> None:  # noqa: F811
     assert "--budget" in run("tune", "--model", model, *days, "--budget", 1, *out).err
     assert "one prompt only" in run("tune", "--model", model, "--task", "weekdays", "--draws", 1, "--read-prompts", *out).err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_large_budget_stays_within_the_weights_of_prompts() -> None:
+    drawn = grid.drawn(4096, 0, prompts=True, rules=("min_p", "adapt"))
+    weights = {step.values["weight"] for s in drawn for step in s.chain.steps if step.rule.name == "ensemble"}
+    assert weights == set(find("ensemble").params["weight"].sweep)
