@@ -56,6 +56,11 @@ class Writer:
         limit = getattr(self.model.model.config.get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) else None
 
+    def check_room(self, longest: int) -> None:
+        """Raise DecalError if the model has no room for so many tokens of prompt and completion."""
+        if self.room is not None and longest > self.room:
+            raise DecalError(f"prompt and completions need {longest} tokens, and the model has room for {self.room}")
+
     def text(self, tokens: Sequence[int]) -> str:
         """What tokens write, up to the first that ends the text, or to the first of the texts that do."""
         written = b""

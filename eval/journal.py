@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -74,3 +76,30 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes a folder, and keeps other processes that ask for it out of it.
+
+    Raises:
+        DecalError: another process is in it, or it can't be made.
+    """
+    from filelock import FileLock, Timeout
+
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise DecalError(f"another process works in {folder}; wait for it or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def digest(*parts: Any) -> str:
+    """A key made of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:32]

@@ -34,6 +34,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from decal.eval.journal import Journal, digest
 from decal.samplers.errors import DecalError
 
 if TYPE_CHECKING:
@@ -101,6 +102,46 @@ class Judge(ABC):
         """The place of each completion and its judgement, in the order in which they get done."""
         for place, completion in enumerate(completions):
             yield place, self(prompt, completion)
+
+
+class Remembered:
+    """A judge of completions of one prompt that is asked once about each: what it said is kept in a journal.
+
+    Args:
+        prompt: as the judge is told.
+        journal: of this judge or of several.
+    """
+
+    def __init__(self, judge: Judge, prompt: str, journal: Journal):
+        self._judge, self._prompt, self._journal = judge, prompt, journal
+        self.identity = judge.identity
+
+    def ask(self, texts: Sequence[str], report: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Have every text judged that isn't yet; ``report`` is told how many of them are."""
+        every = dict.fromkeys(texts)
+        missing = [text for text in every if self._key(text) not in self._journal.records]
+        done = len(every) - len(missing)
+        report(done, len(every))
+        for place, judgement in self._judge.several(self._prompt, missing):
+            record = {
+                "key": self._key(missing[place]),
+                "prompt": self._prompt,
+                "completion": missing[place],
+                "judge": self.identity,
+                "valid": judgement.valid,
+                "scores": dict(judgement.scores),
+                "reason": judgement.reason,
+            }
+            self._journal.add([record])
+            done += 1
+            report(done, len(every))
+
+    def __getitem__(self, text: str) -> Judgement:
+        record = self._journal.records[self._key(text)]
+        return Judgement(record["valid"], record["scores"], record["reason"])
+
+    def _key(self, text: str) -> str:
+        return digest("judged", self.identity, self._prompt, text)
 
 
 def _load(name: str) -> LoadedModel:

@@ -8,15 +8,12 @@ of it is relative to what was swept, to what the model completes, and to the jud
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +22,10 @@ import numpy as np
 from decal.eval import shape
 from decal.eval.completion import Form, Writer, encode
 from decal.eval.frontier import Report
-from decal.eval.journal import Journal
-from decal.eval.judge import KINDS, Judge, Judgement
+from decal.eval.journal import Journal, alone, digest
+from decal.eval.judge import KINDS, Judge, Judgement, Remembered
 from decal.eval.models import LoadedModel
 from decal.eval.order import Prefix
-from decal.eval.paths import disk_errors
 from decal.eval.ranked import plain
 from decal.samplers.chain import Chain, parse
 from decal.samplers.errors import DecalError
@@ -314,33 +310,12 @@ def probe(
             works in it.
     """
     with (
-        _alone(folder),
+        alone(folder),
         Journal(folder / NODES) as nodes,
         Journal(folder / COMPLETIONS) as completions,
         Journal(folder / JUDGED) as judged,
     ):
         return _Probe(model, judge, prompt, plan, nodes, completions, judged, report).run(node_done)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise DecalError(f"another process works in {folder}; wait for it or choose another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
 class _Probe:
@@ -355,14 +330,12 @@ class _Probe:
         judged: Journal,
         report: Report,
     ):
-        self.model, self.judge, self.prompt, self.plan, self.report = model, judge, prompt, plan, report
-        self.rankings, self.completions, self.judged = nodes, completions, judged
-        self.identity = judge.identity
+        self.model, self.prompt, self.plan, self.report = model, prompt, plan, report
+        self.rankings, self.completions = nodes, completions
+        self.judged = Remembered(judge, prompt, judged)
         self.writer = Writer(model, plan.stop)
         self.ids = encode(model.tokenizer, prompt, plan.form)
-        longest = len(self.ids) + plan.depth + plan.most
-        if self.writer.room is not None and longest > self.writer.room:
-            raise DecalError(f"prompt and completions need {longest} tokens, and the model has room for {self.writer.room}")
+        self.writer.check_room(len(self.ids) + plan.depth + plan.most)
 
     def run(self, node_done: Callable[[], None]) -> Tree:
         nodes: list[Node] = []
@@ -374,18 +347,19 @@ class _Probe:
                 node_done()
             nodes += fresh
             level = [(*node.prefix, t.token) for node in fresh for t in node.branches(self.plan.branch)]
-        return Tree(self.prompt, self.plan, self.identity, tuple(nodes))
+        return Tree(self.prompt, self.plan, self.judged.identity, tuple(nodes))
 
     def _node(self, number: int, prefix: tuple[int, ...]) -> Node:
         what = f"node {number + 1}: "
         swept = self._sweep(prefix)
         written = self._complete(prefix, swept["tokens"], f"{what}completions")
-        self._judge([record["text"] for records in written for record in records], f"{what}judgements")
+        texts = [record["text"] for records in written for record in records]
+        self.judged.ask(texts, partial(self.report, f"{what}judgements"))
         tokens = []
         for token, rank, logit, probability, records in zip(
             swept["tokens"], swept["ranks"], swept["logits"], swept["probabilities"], written, strict=True
         ):
-            completions = tuple(Completion(r["text"], r["ended"], self._judgement(r["text"])) for r in records)
+            completions = tuple(Completion(r["text"], r["ended"], self.judged[r["text"]]) for r in records)
             tokens.append(
                 Swept(
                     token=token,
@@ -408,7 +382,7 @@ class _Probe:
 
     def _sweep(self, prefix: tuple[int, ...]) -> dict[str, Any]:
         """The swept part of the ranking after a prefix."""
-        key = _digest("node", self.model.fingerprint, self.ids, prefix, self.plan.ranks)
+        key = digest("node", self.model.fingerprint, self.ids, prefix, self.plan.ranks)
         if key not in self.rankings.records:
             row = self._logits(prefix)
             ranked, order = row.sort(descending=True, stable=True)
@@ -447,9 +421,9 @@ class _Probe:
             several = 1 if plan.completions is None or self.writer.ended([*prefix, token]) else plan.completions
             own = []
             for number in range(several):
-                seed = int(_digest("seed", plan.seed, prefix, token, number)[:15], 16)
+                seed = int(digest("seed", plan.seed, prefix, token, number)[:15], 16)
                 drawn = 0 if plan.completions is None else seed
-                key = _digest(self.model.fingerprint, self.ids, prefix, token, drawn, str(plan.chain), plan.most, plan.stop)
+                key = digest(self.model.fingerprint, self.ids, prefix, token, drawn, str(plan.chain), plan.most, plan.stop)
                 own.append(key)
                 if key not in self.completions.records:
                     missing.append((key, token, drawn))
@@ -483,30 +457,3 @@ class _Probe:
                 }
             )
         return records
-
-    def _judge(self, texts: Sequence[str], what: str) -> None:
-        """Have every text judged that isn't yet."""
-        every = dict.fromkeys(texts)
-        missing = [text for text in every if self._judged_key(text) not in self.judged.records]
-        done = len(every) - len(missing)
-        self.report(what, done, len(every))
-        for place, judgement in self.judge.several(self.prompt, missing):
-            record = {
-                "key": self._judged_key(missing[place]),
-                "prompt": self.prompt,
-                "completion": missing[place],
-                "judge": self.identity,
-                "valid": judgement.valid,
-                "scores": dict(judgement.scores),
-                "reason": judgement.reason,
-            }
-            self.judged.add([record])
-            done += 1
-            self.report(what, done, len(every))
-
-    def _judged_key(self, text: str) -> str:
-        return _digest("judged", self.identity, self.prompt, text)
-
-    def _judgement(self, text: str) -> Judgement:
-        record = self.judged.records[self._judged_key(text)]
-        return Judgement(record["valid"], record["scores"], record["reason"])
