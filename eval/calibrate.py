@@ -30,6 +30,7 @@ from decal.eval.tune import Results
 from decal.samplers import calibrated
 from decal.samplers.calibrated import Advised, Calibration
 from decal.samplers.chain import Chain
+from decal.samplers.drafts import LEAST, Profile
 from decal.samplers.errors import DecalError
 from decal.samplers.rule import find
 from decal.samplers.trie import TokenTrie
@@ -65,8 +66,12 @@ RISKS = tuple(float(f"{1 - level:.4g}") for level in LEVELS)
 MOST_PREFIXES = 150
 """Prefixes of a built-in task that is used without being asked for; with more the evaluation takes long."""
 
-RULES = ("top_k", "top_p", "min_p", "top_n_sigma", "eta", "min_validity", "risk_budget")
+RULES = ("top_k", "top_p", "min_p", "top_n_sigma", "eta", "adapt", "min_validity", "risk_budget")
 """Rules that chains are chosen among, beside plain temperature."""
+
+
+PROFILES = {"row": "min_p", "prompts": "ensemble | min_p"}
+"""Families among which a chain is searched for by drafts; those that did best at it in benchmarks/calibration."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +312,21 @@ def advise(results: Results, floor: float) -> Advised | None:
     )
 
 
+def profiles(results: Results) -> dict[str, Profile]:
+    """By name what chains of each of `PROFILES` gave on every prompt: of families that were tried, on enough prompts."""
+    settings, tasks, draws = results.validity.shape
+    found = {}
+    for name, family in PROFILES.items():
+        own = [i for i in range(settings) if results.family[i] == family]
+        if own and tasks * draws >= LEAST:
+            validity, diversity = (
+                tuple(tuple(row) for row in given[own].reshape(len(own), -1).clip(0, 1).round(4).tolist())
+                for given in (results.validity, results.diversity)
+            )
+            found[name] = Profile(tuple(results.setting[i] for i in own), validity, diversity)
+    return found
+
+
 def conformal(loss: np.ndarray, epsilon: float) -> int | None:
     """The first of L ascending levels at which the expected loss on an exchangeable task is at most ``epsilon``; None if none.
 
@@ -429,6 +449,7 @@ def calibrate(
         validity=weights,
         advised={floor: one for floor, one in advised.items() if one is not None},
         risk=risk,
+        profiles=profiles(results),
         report={
             "log_loss_on_tasks_left_out": losses,
             "features": features,

@@ -20,6 +20,8 @@ from decal.samplers.errors import DecalError
 
 if TYPE_CHECKING:
     from decal.eval.frontier import Evaluation, TaskResult
+    from decal.eval.judge import Judge
+    from decal.eval.models import LoadedModel
     from decal.eval.task import Question
 
 WIDTH_OF_A_PIPE = 160
@@ -629,28 +631,93 @@ def check_(rule: str) -> None:
     console.print(f"{found.name} passes all {len(passed)} checks", highlight=False, markup=False)
 
 
+JUDGES = """
+
+    \b
+    Judges:
+      json, python, brackets, smiles  well-formed text of that kind; smiles needs rdkit
+      regex:PATTERN                   matches as a whole
+      value:24                        an arithmetic expression with that value
+      file.py:function                returns True or False for (prompt, completion)
+      module:function                 the same, from a module that Python finds
+      model:NAME                      a model, named as --model is, that grades from 1 to 10
+      openai:MODEL@URL                the same behind an endpoint, such as openai:qwen3@http://localhost:8000/v1
+    """
+
+
+def _judges_completions(command: Any) -> Any:
+    """Adds the options of commands that write completions of a prompt and have them judged, and help on judges."""
+    command.__doc__ += JUDGES
+    options = _options(
+        click.option("--judge", "judge_name", required=True, help="Decides what is valid; see below."),
+        click.option(
+            "--model", default="smollm2", show_default=True, help="A built-in name, hub id, local folder or GGUF file."
+        ),
+        click.option(
+            "--form", type=click.Choice(("completion", "chat")), default="completion", show_default=True, help="How to ask."
+        ),
+        click.option("--max-new-tokens", "most", default=48, show_default=True, help="Length of a completion."),
+        click.option("--stop", multiple=True, help="Text that ends a completion, \\n for a line break; may be repeated."),
+        click.option(
+            "--threshold", default=9.0, show_default=True, help="Lowest grade of what is valid, where a model judges."
+        ),
+        click.option("--workers", default=8, show_default=True, help="Most requests to an endpoint at once."),
+        click.option(
+            "--key-variable", default="DECAL_JUDGE_KEY", show_default=True, help="Environment variable of an endpoint's key."
+        ),
+        click.option("--seed", default=0, show_default=True, help="Decides the drawn completions."),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto."),
+        click.option("--dtype", default=None, help="float32 (default), bfloat16 or float16."),
+        click.option("--accept-licence", is_flag=True, help="Accept the licence of a built-in model that asks for it."),
+    )
+    return options(command)
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """A judge by name, and how to load models; nothing is loaded yet."""
+
+    judge: Judge
+    load: Callable[[str], LoadedModel]
+
+    @classmethod
+    def asked(
+        cls,
+        judge_name: str,
+        threshold: float,
+        workers: int,
+        key_variable: str,
+        device: str,
+        dtype: str | None,
+        accept_licence: bool,
+    ) -> _Judging:
+        """From the options of `_judges_completions`."""
+        import os
+        from functools import cache, partial
+
+        from decal.eval import judge, models
+
+        load = cache(partial(models.load, device=device, dtype=dtype, accept_licence=accept_licence))
+        key = os.environ.get(key_variable) or None
+        return cls(judge.parse(judge_name, threshold=threshold, key=key, workers=workers, load=load), load)
+
+
+def _marks(stop: Sequence[str]) -> tuple[str, ...]:
+    """Texts that end a completion, as given on a command line."""
+    return tuple(mark.replace("\\n", "\n") for mark in stop)
+
+
 @cli.command()
 @click.argument("prompt")
-@click.option("--judge", "judge_name", required=True, help="Decides what is valid; see below.")
-@click.option("--model", default="smollm2", show_default=True, help="A built-in name, hub id, local folder or GGUF file.")
-@click.option("--form", type=click.Choice(("completion", "chat")), default="completion", show_default=True, help="How to ask.")
+@_judges_completions
 @click.option("--ranks", "ranks_", default="1-50,60-1000:10", show_default=True, help="Ranks of tokens to complete.")
 @click.option("--depth", default=2, show_default=True, help="How many tokens deep to go.")
 @click.option("--branch", default=2, show_default=True, help="Behind how many valid tokens of a prefix to go deeper.")
 @click.option("--completions", type=int, default=None, help="Completions to draw for each token; without it one, greedily.")
 @click.option("--sampler", default="temperature(1)", show_default=True, help="Chain that draws completions.")
 @click.option("--share", type=float, default=None, help="Share of a token's completions that must be valid; without it one is.")
-@click.option("--max-new-tokens", "most", default=48, show_default=True, help="Length of a completion behind the token.")
-@click.option("--stop", multiple=True, help="Text that ends a completion, \\n for a line break; may be repeated.")
 @click.option("--batch", default=32, show_default=True, help="Completions to write at once.")
-@click.option("--threshold", default=9.0, show_default=True, help="Lowest grade of what is valid, where a model judges.")
-@click.option("--workers", default=8, show_default=True, help="Most requests to an endpoint at once.")
-@click.option("--key-variable", default="DECAL_JUDGE_KEY", show_default=True, help="Environment variable of an endpoint's key.")
-@click.option("--seed", default=0, show_default=True, help="Decides the drawn completions.")
 @click.option("--out", default="decal-probe", show_default=True, type=click.Path(path_type=Path), help="Folder of the results.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, or auto.")
-@click.option("--dtype", default=None, help="float32 (default), bfloat16 or float16.")
-@click.option("--accept-licence", is_flag=True, help="Accept the licence of a built-in model that asks for it.")
 def probe(
     prompt: str,
     judge_name: str,
@@ -665,44 +732,24 @@ def probe(
     most: int,
     stop: tuple[str, ...],
     batch: int,
-    threshold: float,
-    workers: int,
-    key_variable: str,
     seed: int,
     out: Path,
-    device: str,
-    dtype: str | None,
-    accept_licence: bool,
+    **judging: Any,
 ) -> None:
     """Measure order where valid answers can't be listed, by a judge.
 
     At a prefix, tokens at the given ranks are completed and judged; a token is valid if one of its completions is. Then the
     same is done behind some of the valid tokens. Prints a table and writes tree.json, tokens.parquet, a figure and report.html.
     What is done is kept in the folder: run it again after an interruption, or with more ranks or depth, and nothing is done
-    twice.
-
-    \b
-    Judges:
-      json, python, brackets, smiles  well-formed text of that kind; smiles needs rdkit
-      regex:PATTERN                   matches as a whole
-      value:24                        an arithmetic expression with that value
-      file.py:function                returns True or False for (prompt, completion)
-      module:function                 the same, from a module that Python finds
-      model:NAME                      a model, named as --model is, that grades from 1 to 10
-      openai:MODEL@URL                the same behind an endpoint, such as openai:qwen3@http://localhost:8000/v1
-    """
+    twice."""
     start = time.monotonic()
-    import os
     from dataclasses import replace
-    from functools import cache, partial
 
-    from decal.eval import judge, models, probe_report
     from decal.eval import probe as probes
+    from decal.eval import probe_report
 
     # Everything that can be wrong with the request is found before the model is loaded.
-    load = cache(partial(models.load, device=device, dtype=dtype, accept_licence=accept_licence))
-    key = os.environ.get(key_variable) or None
-    judge_ = judge.parse(judge_name, threshold=threshold, key=key, workers=workers, load=load)
+    asked = _Judging.asked(judge_name, **judging)
     plan = probes.Plan(
         ranks=probes.ranks(ranks_),
         depth=depth,
@@ -711,31 +758,90 @@ def probe(
         share=share,
         sampler=sampler,
         most=most,
-        stop=tuple(mark.replace("\\n", "\n") for mark in stop),
+        stop=_marks(stop),
         form=form,
         batch=batch,
         seed=seed,
     )
     _check_writable(out)
 
-    loaded = load(model)
+    loaded = asked.load(model)
     bars = _progress(plan.nodes)
     bars.bars.update(bars.overall, description="prefixes")
     with bars as (report_to, node_done):
-        found = probes.probe(loaded, judge_, prompt, plan, out, report_to, node_done)
-    about = {
-        "decal": decal.__version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - start, 1),
-        "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "note": loaded.note},
-        "judge": judge_name,
-    }
+        found = probes.probe(loaded, asked.judge, prompt, plan, out, report_to, node_done)
+    about = _about_judged(loaded, judge_name, start)
     found = replace(found, about=about)
     files = probe_report.write(found, out)
     console = _console()
     console.print(f"{loaded.name}, judge {judge_name}, seed {seed}\n", highlight=False, markup=False, soft_wrap=True)
     probe_report.print_table(found, console)
     console.print(f"{len(files)} files in {out}, the one to open is {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _about_judged(loaded: LoadedModel, judge_name: str, start: float) -> dict[str, Any]:
+    return {
+        "decal": decal.__version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - start, 1),
+        "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "note": loaded.note},
+        "judge": judge_name,
+    }
+
+
+@cli.command(name="tune-prompt")
+@click.argument("prompt")
+@_judges_completions
+@click.option("--calibration", required=True, type=click.Path(path_type=Path), help="A file that decal calibrate wrote.")
+@click.option("--min-validity", "floor", default=0.8, show_default=True, help="Share of valid completions to be reached.")
+@click.option("--drafts", default=50, show_default=True, type=click.IntRange(1), help="Completions to write and judge.")
+@click.option("--each", default=5, show_default=True, type=click.IntRange(1), help="Drafts before the next chain is chosen.")
+@click.option("--also", "others", multiple=True, help="Another way to ask, to be read beside the prompt; may be repeated.")
+@click.option(
+    "--out", default="decal-drafts", show_default=True, type=click.Path(path_type=Path), help="Folder of the results."
+)
+def tune_prompt(
+    prompt: str,
+    calibration: Path,
+    floor: float,
+    drafts: int,
+    each: int,
+    others: tuple[str, ...],
+    judge_name: str,
+    model: str,
+    form: Any,
+    most: int,
+    stop: tuple[str, ...],
+    seed: int,
+    out: Path,
+    **judging: Any,
+) -> None:
+    """Find the chain to use on one prompt, by judging a few drafts.
+
+    What chains gave on the prompts of a calibration says how they go together; a few drafts say where this prompt stands.
+    Prints what was tried, the most diverse chain that should reach the validity asked for, and with what chance it does;
+    writes tuned.json, drafts.jsonl and judged.jsonl. Run it again after an interruption, or for more drafts, and nothing is
+    done twice."""
+    start = time.monotonic()
+    from decal.eval import tune_prompt as tuning
+
+    # Everything that can be wrong with the request is found before the model is loaded.
+    asked = _Judging.asked(judge_name, **judging)
+    plan = tuning.Plan(drafts=drafts, each=each, most=most, stop=_marks(stop), form=form, seed=seed)
+    decal.calibrated.load(calibration).search(floor, prompts=bool(others))
+    _check_writable(out)
+
+    loaded = asked.load(model)
+    search = decal.calibrated.load(calibration, loaded.model, loaded.tokenizer).search(floor, prompts=bool(others))
+    bars = _progress(1)
+    bars.bars.update(bars.overall, visible=False)
+    with bars as (report_to, _):
+        found = tuning.tune(loaded, asked.judge, prompt, search, plan, out, others, report_to)
+    tuning.write(found, _about_judged(loaded, judge_name, start) | {"prompt": prompt, "others": others, "seed": seed}, out)
+    console = _console()
+    console.print(f"{loaded.name}, judge {judge_name}, seed {seed}\n", highlight=False, markup=False, soft_wrap=True)
+    tuning.print_table(found, console)
+    console.print(f"\nwritten to {out / tuning.TUNED}", highlight=False, soft_wrap=True)
 
 
 @cli.command(name="agreement")

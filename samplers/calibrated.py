@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from decal.samplers.drafts import Profile, Search
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Row
 from decal.samplers.rule import Feedback, Numbers, Param, rule
@@ -30,7 +31,7 @@ from decal.samplers.rule import Feedback, Numbers, Param, rule
 if TYPE_CHECKING:
     from decal.samplers.chain import Chain
 
-FORMAT = 1
+FORMAT = 2
 MOST = 1e6
 """No budget is larger, in nats."""
 
@@ -184,6 +185,8 @@ class Calibration:
         risk: by rule, ``min_validity`` or ``risk_budget``, and epsilon the chain, as text, whose expected invalidity is
             controlled; None where these tasks can't promise it.
         report: how well it fits.
+        profiles: what chains of a family gave on every prompt: ``row``, which read no other prompts, and ``prompts``, which do.
+            One that wasn't measured is missing.
     """
 
     about: Mapping[str, Any]
@@ -191,6 +194,7 @@ class Calibration:
     advised: Mapping[str, Advised]
     risk: Mapping[str, Mapping[str, str | None]]
     report: Mapping[str, Any]
+    profiles: Mapping[str, Profile]
 
     def __repr__(self) -> str:
         floors = ", ".join(self.advised) or "none"
@@ -207,6 +211,18 @@ class Calibration:
         from decal.samplers.chain import parse
 
         return parse(_of(self.advised, floor, "floor").chain)
+
+    def search(self, floor: float = 0.8, *, prompts: bool = False) -> Search:
+        """A search for the chain to use on one prompt, by judging a few of its drafts.
+
+        Args:
+            floor: validity to be reached.
+            prompts: whether among chains that read other prompts too; these want ``for_prompts``.
+
+        Raises:
+            DecalError: the file has no such chains, or the floor is out of range.
+        """
+        return Search(_of(self.profiles, "prompts" if prompts else "row", "profile"), floor)
 
     def min_validity(self, level: float) -> Chain:
         """The cut at an estimated validity, with the weights of the file."""
@@ -303,6 +319,10 @@ def _advised(chain: str, **means: float) -> Advised:
     return Advised(str(chain), **{name: float(mean) for name, mean in means.items()})
 
 
+def _profile(chains: list[str], validity: list[list[float]], diversity: list[list[float]]) -> Profile:
+    return Profile(tuple(map(str, chains)), *(tuple(tuple(map(float, row)) for row in rows) for rows in (validity, diversity)))
+
+
 def _read(file: Path) -> Calibration:
     from decal.samplers.chain import parse
 
@@ -325,10 +345,13 @@ def _read(file: Path) -> Calibration:
                 for rule, chains in content["risk"].items()
             },
             report=dict(content["report"]),
+            profiles={name: _profile(**one) for name, one in content["profiles"].items()},
         )
         found.about["fingerprint"]["model"], found.about["model"]
         found.min_validity(0.5)
         for chain in (one.chain for one in found.advised.values()):
+            parse(chain)
+        for chain in (chain for one in found.profiles.values() for chain in one.chains):
             parse(chain)
         for chain in (chain for chains in found.risk.values() for chain in chains.values() if chain is not None):
             parse(chain)

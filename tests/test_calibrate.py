@@ -203,6 +203,20 @@ def test_scores_and_choices_by_hand() -> None:
     assert c.advise(nothing, 0.5) is None
 
 
+def test_a_profile_is_what_its_family_gave() -> None:
+    rng = np.random.default_rng(9)
+    validity, diversity = rng.random((6, 4, 3)) * 1.0000001, rng.random((6, 4, 3))
+    family = ("temperature", "min_p", "min_p | adapt", "min_p", "ensemble | min_p", "top_k")
+    results = Results(tuple("abcd"), family, tuple(map(str, range(6))), validity, diversity)
+    found = c.profiles(results)
+    assert found["row"].chains == ("1", "3")
+    assert found["prompts"].chains == ("4",)
+    np.testing.assert_allclose(found["row"].validity, validity[[1, 3]].reshape(2, 12), atol=6e-5)
+    np.testing.assert_allclose(found["prompts"].diversity, diversity[[4]].reshape(1, 12), atol=6e-5)
+    few = Results(tuple("ab"), family, results.setting, validity[:, :2], diversity[:, :2])
+    assert c.profiles(few) == {}
+
+
 def test_conformal_by_hand() -> None:
     loss = np.array([[0.9, 0.5, 0.1], [0.7, 0.8, 0.2], [0.6, 0.1, 0.0]])
     # Made monotone: [.9 .5 .1], [.8 .8 .2], [.6 .1 0]; bounds (2.3 + 1) / 4, (1.4 + 1) / 4, (.3 + 1) / 4.
@@ -258,6 +272,9 @@ def test_calibrate_from_end_to_end(run: Run, model, tmp_path) -> None:  # noqa: 
     z = torch.randn(2, 300)
     assert found.min_validity(0.3)(z).shape == z.shape
     assert set(found.risk) == {"min_validity", "risk_budget"}
+    assert set(found.profiles) == {"row"}
+    row = found.profiles["row"]
+    assert (len(row.chains), len(row.validity[0])) == (4, 12)
     for one in found.advised.values():
         assert 0 <= one.score <= one.diversity <= 1
     assert "Log loss" in result.out

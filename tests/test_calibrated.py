@@ -16,6 +16,7 @@ from formulas import estimated_validity, min_validity, risk_budget
 import decal
 from decal import DecalError, calibrated
 from decal.eval import exact
+from decal.samplers.drafts import Profile
 
 WEIGHTS = {"offset": 1.1, "gap": 0.7, "entropy": -0.3, "peak": 0.2, "spread": 0.1}
 BUDGETS = [(0.3, 1.0), (0.6, 0.5), (0.95, 0.4), (0.0, 0.5)]
@@ -122,10 +123,11 @@ def content(**changes: Any) -> dict[str, Any]:
         advised={"0.8": calibrated.Advised("min_p(0.1) | temperature(1.4)", 0.5, 0.9, 0.85, 0.6)},
         risk={"min_validity": {"0.1": None, "0.3": "min_validity(0.6, 1.0, 0.5, -0.1)"}, "risk_budget": {}},
         report={},
+        profiles={"row": Profile(("min_p(0.1)", "min_p(0.2)"), ((0.5,) * 8, (0.7,) * 8), ((0.4,) * 8, (0.2,) * 8))},
     )
     from dataclasses import asdict
 
-    return {"format": 1, **asdict(made), **changes}
+    return {"format": 2, **asdict(made), **changes}
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
@@ -154,6 +156,11 @@ def test_a_file_gives_chains(tmp_path: Path) -> None:
         found.controlled(0.3, "risk_budget")
     with pytest.raises(DecalError, match="no rule min_p; it has min_validity, risk_budget"):
         found.controlled(0.3, "min_p")
+    search = found.search(0.6)
+    assert [str(chain) for chain in search.chains] == [str(decal.min_p(0.1)), str(decal.min_p(0.2))]
+    assert str(search.best().chain) == str(decal.min_p(0.2))
+    with pytest.raises(DecalError, match="no profile prompts; it has row"):
+        found.search(0.6, prompts=True)
 
 
 def test_a_file_of_another_model_warns_or_refuses(tmp_path: Path) -> None:
@@ -200,7 +207,7 @@ def test_a_fingerprint_is_that_of_the_weights_in_any_type() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "no calibration of format 1, as decal calibrate writes them; its format is 2"),
+        ({"format": 1}, "no calibration of format 2, as decal calibrate writes them; its format is 1"),
         ({"validity": {"offset": 1}}, None),
         ({"validity": {"offset": "x"}}, "no calibration: ValueError"),
         ({"validity": {"gap": -1}}, "gap must be"),
@@ -215,6 +222,10 @@ def test_a_fingerprint_is_that_of_the_weights_in_any_type() -> None:
         ({"risk": 7}, "no calibration: AttributeError"),
         ({"about": {"model": "m"}}, "no calibration: KeyError 'fingerprint'"),
         ({"report": None}, "no calibration: TypeError"),
+        ({"profiles": {"row": {"chains": ["min_p(0.1)"], "validity": [[2] * 8], "diversity": [[1] * 8]}}}, r"are in \[0, 1\]"),
+        ({"profiles": {"row": {"chains": ["min_pp(0.1)"], "validity": [[1] * 8], "diversity": [[1] * 8]}}}, "min_pp"),
+        ({"profiles": {"row": {"chains": ["min_p(0.1)"], "validity": [["x"] * 8], "diversity": [[1] * 8]}}}, "ValueError"),
+        ({"profiles": {"row": {"chains": ["min_p(0.1)"]}}}, "no calibration: TypeError"),
     ],
 )
 def test_what_is_no_calibration_is_refused_in_one_line(changes: dict[str, Any], message: str | None, tmp_path: Path) -> None:

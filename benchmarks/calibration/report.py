@@ -5,6 +5,7 @@ python benchmarks/calibration/report.py results/smollm2 results/gemma3-270m --sh
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from decal.eval.paths import atomic_write
 
 FLOORS = (0.5, 0.8, 0.9)
 FULL = "ensemble | min_p"
-READ = ("ensemble | min_p", "ensemble | top_p", "ensemble | top_k", "ensemble | top_n_sigma")
+READ = ("ensemble | min_p", "ensemble | top_p", "ensemble | top_k", "ensemble | top_n_sigma", "ensemble | min_p | adapt")
 LEAST_GAP = 0.02
 WORSE = 0.02
 RESAMPLES = 2000
 SPLITS = 200
+DRAFTS = 50
+CHANCES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 
@@ -125,7 +128,7 @@ def contenders(runs: Runs) -> dict[str, np.ndarray]:
     """By name, the settings of everything that is compared."""
     found = {f"row only: {family}": runs.of(family) for family in ROW_ONLY}
     found |= {f"{'full' if family == FULL else 'reads prompts'}: {family}": runs.of(family) for family in READ}
-    found |= {"reads prompts: any of the four": runs.of(*READ), "baselines and all of these": np.arange(len(runs.family))}
+    found |= {"reads prompts: any of these": runs.of(*READ), "baselines and all of these": np.arange(len(runs.family))}
     return {name: settings for name, settings in found.items() if len(settings)}
 
 
@@ -173,7 +176,7 @@ def floor_table(runs: Runs, floor: float) -> str:
 
 def shown(runs: Runs) -> dict[str, tuple[str, ...]]:
     """By name, the families that are shown task by task: those that were run."""
-    found = {"baseline": BASELINES, ROW_ONLY[0]: ROW_ONLY[:1], FULL: (FULL,)}
+    found = {"baseline": BASELINES, ROW_ONLY[0]: ROW_ONLY[:1], FULL: (FULL,), READ[-1]: READ[-1:]}
     return {name: families for name, families in found.items() if len(runs.of(*families))}
 
 
@@ -248,6 +251,61 @@ def shots_table(few: Runs, many: Runs) -> str:
     return said + table(headings, rows)
 
 
+def drafts_section(runs: Runs, file: Path) -> str:
+    """What drafts.py found for a model: scores by the number of drafts, and how often chances come true."""
+    found = json.loads(file.read_text())
+    if found["model"] != runs.name or found["tasks"] != runs.tasks:
+        raise click.ClickException(f"{file} is of {found['model']} on {len(found['tasks'])} tasks, not of {runs.name}")
+    budgets = found["budgets"]
+    at = budgets.index(DRAFTS)
+    rows, chances = [], []
+    for family, floors in found["families"].items():
+        said, came = (
+            np.concatenate([np.ravel(np.asarray(one[name])[..., at]) for one in floors.values()]) for name in ("chance", "came")
+        )
+        bins = np.digitize(said, CHANCES[1:-1])
+        shares = [
+            f"{came[bins == i].mean():.2f} ({(bins == i).mean():.0%})" if (bins == i).any() else "–"
+            for i in range(len(CHANCES) - 1)
+        ]
+        chances.append([family, *shares])
+    for floor in FLOORS:
+        base = Told.of(runs, floor, runs.of(*BASELINES)).transferred
+        able = runs.scores(floor).max(0) > 0
+        open_ = runs.mask - base >= LEAST_GAP
+        for family, floors in found["families"].items():
+            score = np.asarray(floors[f"{floor:g}"]["score"])
+            own = score[..., at]
+            closed = (own - base[..., None]) / np.where(open_, runs.mask - base, 1.0)[..., None]
+            flat = closed.reshape(len(base), -1)
+            every, can = (np.repeat(kept, own.shape[-1], -1) for kept in (open_, open_ & able))
+            rows.append(
+                [
+                    f"{floor:g}",
+                    family,
+                    *(f"{score[..., i].mean():.3f}" for i in range(len(budgets))),
+                    mean((own - base[..., None]).mean(-1)),
+                    median(flat, every),
+                    median(flat, can),
+                    f"{(own < (1 - WORSE) * base[..., None]).mean():.0%}",
+                ]
+            )
+    headings = [
+        "floor",
+        "chains",
+        *(f"{budget} drafts" for budget in budgets),
+        f"gain of {DRAFTS} over the best baseline from other tasks",
+        "gap closed, median",
+        "where the floor can be reached",
+        "more than 2 % worse",
+    ]
+    between = [f"said {low:g} to {high:g}" for low, high in itertools.pairwise(CHANCES)]
+    return (
+        f"{table(headings, rows)}\n\nHow often the floor is reached, by the chance that the search gives it after {DRAFTS}"
+        f" drafts, all floors together; in brackets how often it says so.\n\n{table(['chains', *between], chances)}"
+    )
+
+
 def signals_table(files: Sequence[Path]) -> str:
     """What signals.py found: average precisions, and what each gains over the log-probability."""
     found = [json.loads(file.read_text()) for file in files]
@@ -271,14 +329,24 @@ def signals_table(files: Sequence[Path]) -> str:
 @click.option("--shots", type=click.Path(path_type=Path, exists=True), help="Baselines on prompts with more exemplars.")
 @click.option("--examples", type=click.Path(path_type=Path, exists=True), help="What examples.py printed.")
 @click.option("--signals", multiple=True, type=click.Path(path_type=Path, exists=True), help="What signals.py wrote.")
+@click.option("--drafts", multiple=True, type=click.Path(path_type=Path, exists=True), help="What drafts.py wrote, by model.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
-def main(folders: tuple[Path, ...], shots: Path | None, examples: Path | None, signals: tuple[Path, ...], out: Path) -> None:
+def main(
+    folders: tuple[Path, ...],
+    shots: Path | None,
+    examples: Path | None,
+    signals: tuple[Path, ...],
+    drafts: tuple[Path, ...],
+    out: Path,
+) -> None:
     """Write calibration.md."""
+    if drafts and len(drafts) != len(folders):
+        raise click.ClickException(f"give --drafts for each of {len(folders)} folders, in their order, got {len(drafts)}")
     intro = (Path(__file__).parent / "page.md").read_text()
     intro = intro.replace("@EXAMPLES@", examples.read_text().rstrip() if examples else "Not made.")
     intro = intro.replace("@SIGNALS@", signals_table(signals) if signals else "Not made.")
     parts = []
-    for folder in folders:
+    for number, folder in enumerate(folders):
         runs = Runs.read(folder)
         sizes = sum(prefixes for _, prefixes, _ in runs.about.values())
         parts.append(f"## {runs.name}\n\n{len(runs.tasks)} tasks, {runs.validity.shape[2]} prompts each, {sizes} prefixes.")
@@ -286,6 +354,8 @@ def main(folders: tuple[Path, ...], shots: Path | None, examples: Path | None, s
             parts.append(f"### Validity at least {floor:g}\n\n{floor_table(runs, floor)}")
             parts.append(f"With siblings of the task left out too, scores from other tasks: {sibling_line(runs, floor)}.")
         parts.append(f"### By task, at validity 0.8\n\n{task_table(runs, 0.8)}")
+        if drafts:
+            parts.append(f"### With judged drafts of the prompt\n\n{drafts_section(runs, drafts[number])}")
         if not len(runs.of(ROW_ONLY[0])):
             continue
         parts.append(f"### Controlled risk\n\n{risk_table(runs)}")

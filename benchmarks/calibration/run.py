@@ -25,7 +25,8 @@ from decal.samplers.rule import find
 
 HERE = Path(__file__).parent
 BASELINES = ("temperature", "top_k", "top_p", "min_p", "top_n_sigma", "typical", "eta", "p_less", "min_k", "top_h")
-ROW_ONLY = ("min_validity", "risk_budget")
+FITTED = ("min_validity", "risk_budget")
+ROW_ONLY = (*FITTED, "min_p | adapt")
 DRAWS = 3
 
 
@@ -77,7 +78,7 @@ def main(model: str, most_prefixes: int, shots: int | None, families: str | None
         else:
             print(f"{name} left out", flush=True)
     samples: dict[str, list[calibrate.Sample]] = {}
-    if any(s.family in ROW_ONLY for s in chosen):
+    if any(s.family in FITTED for s in chosen):
         for question in questions:
             here: list[calibrate.Sample] = []
             plain.run(question, lambda _, trie, rows, here=here: here.append(calibrate.Sample.of(trie, rows)))
