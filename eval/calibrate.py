@@ -66,11 +66,11 @@ RISKS = tuple(float(f"{1 - level:.4g}") for level in LEVELS)
 MOST_PREFIXES = 150
 """Prefixes of a built-in task that is used without being asked for; with more the evaluation takes long."""
 
-RULES = ("top_k", "top_p", "min_p", "top_n_sigma", "eta", "adapt", "min_validity", "risk_budget")
+RULES = ("top_k", "top_p", "min_p", "top_n_sigma", "eta", "adapt", "split_temperature", "min_validity", "risk_budget")
 """Rules that chains are chosen among, beside plain temperature."""
 
 
-PROFILES = {"row": "min_p", "prompts": "ensemble | min_p"}
+PROFILES = {"row": "min_p | split_temperature", "prompts": "ensemble | min_p | split_temperature"}
 """Families among which a chain is searched for by drafts; those that did best at it in benchmarks/calibration."""
 
 

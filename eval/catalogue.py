@@ -63,6 +63,7 @@ NEEDS = {
     "model": "the model's embeddings",
     "answers": "the valid answers",
     "prompts": "other prompts",
+    "ends": "the tokens that end a text, unless they are given",
 }
 LAYOUT = 1
 """Goes up when the way pictures are drawn changes, so that they count as stale."""
@@ -334,7 +335,7 @@ def shown(rule: Rule) -> Chain:
 
 
 def _drawable(rule: Rule, rows: Sequence[PlotRow]) -> bool:
-    if rule.needs & {"answers", "prompts"}:  # there are none for a row on its own
+    if rule.needs & {"answers", "prompts", "ends"}:  # there are none for a row on its own
         return False
     return bool(rows) and ("model" not in rule.needs or all(str(shown(rule)) in row.kept for row in rows))
 

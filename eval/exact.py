@@ -70,7 +70,7 @@ class Group:
             (p, values[name]) for rule, values in zip(self.rules, self.values, strict=True) for name, p in rule.params.items()
         )
         spared = any(isinstance(p, TokensParameter) and v for p, v in pairs)
-        return spared or any(rule.tokenwise and rule.needs & {"history", "model"} for rule in self.rules)
+        return spared or any(rule.tokenwise and rule.needs & {"history", "model", "ends"} for rule in self.rules)
 
     @property
     def absolute(self) -> bool:
@@ -250,7 +250,7 @@ class Situation:
     def context(self, trie: TokenTrie, nodes: Sequence[int]) -> Context:
         """Of a block of nodes."""
         texts = [[*self.prompt, *trie.path(node)] for node in nodes]
-        return Context(History.of(texts, prompt=len(self.prompt)), self.weights, Guide(trie), self.views)
+        return Context(History.of(texts, prompt=len(self.prompt)), self.weights, Guide(trie), self.views, tuple(trie.ends))
 
 
 def flows(

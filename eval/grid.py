@@ -101,7 +101,7 @@ def _both_orders(rule: Rule, values: Sequence[tuple[Any, ...]], temperatures: Se
 RANGE = (0.5, 3.0)
 """Temperatures that settings are drawn from, evenly in logarithm."""
 
-READ = ("min_p", "top_p", "top_k", "top_n_sigma", "adapt")
+READ = ("min_p", "top_p", "top_k", "top_n_sigma", "adapt", "split_temperature")
 """Rules that are tried on what several prompts say together."""
 
 

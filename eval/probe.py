@@ -69,7 +69,7 @@ class Plan:
             further ones evenly between them in rank.
         completions: how many completions of a token are drawn; None for one, greedily.
         share: the share of a token's completions that must be valid, in (0, 1]; None if one is enough.
-        sampler: the chain that draws, as text. It may read nothing but the current row of logits, and embeddings.
+        sampler: the chain that draws, as text. It may read the current row of logits, embeddings, and what ends a text.
         most: new tokens of a completion behind the swept one.
         stop: texts before which a completion ends, beside the model's own end tokens.
         form: how the prompt is put, see `decal.eval.completion.encode`.
@@ -108,7 +108,7 @@ class Plan:
             raise DecalError("ranks must be whole numbers from 1, ascending")
         if "" in self.stop:
             raise DecalError("a stop text must not be empty")
-        if unfit := self.chain.needs - {"model"}:
+        if unfit := self.chain.needs - {"model", "ends"}:
             raise DecalError(f"a sampler of completions may read the current row alone; {self.chain} needs {min(unfit)}")
 
     @cached_property

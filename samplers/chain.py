@@ -120,6 +120,7 @@ class Chain:
     weights: Weights | None = None
     guide: Guide | None = None
     views: Views | None = None
+    ends: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -134,7 +135,7 @@ class Chain:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Nothing that was worked out for this process.
-        return Chain, (self.steps, self.weights, self.guide, self.views)
+        return Chain, (self.steps, self.weights, self.guide, self.views, self.ends)
 
     def __or__(self, other: Chain | Rule) -> Chain:
         if isinstance(other, Rule):
@@ -170,8 +171,8 @@ class Chain:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it reads besides the logits: of ``history``, ``chance``, ``state``, ``model``, ``answers`` and ``prompts``."""
-        return frozenset().union(*(step.rule.needs for step in self.steps if not step.is_off))
+        """What it reads besides the logits: some of ``history``, ``chance``, ``state`` and the names of `GIVEN`."""
+        return frozenset().union(*(step.needs for step in self.steps if not step.is_off))
 
     def for_model(self, model: Any) -> Chain:
         """The chain, with the embeddings of a transformers model, which a few rules read."""
@@ -210,6 +211,21 @@ class Chain:
         if not callable(getattr(views, "logits", None)):
             raise DecalError(f"for_prompts takes decal.Prompts(...), got {type(views).__name__}")
         return replace(self, views=views)
+
+    def for_ends(self, tokens: Iterable[int]) -> Chain:
+        """The chain, with the tokens that end a text, which `split_temperature` reads: those that ``generate`` stops at.
+
+        Where line breaks end it: ``for_ends([tokenizer.eos_token_id, *decal.tokens_with(tokenizer, "\\n")])``.
+
+        Raises:
+            DecalError: no step reads them, or these are no token ids.
+        """
+        if "ends" not in self.needs:
+            raise DecalError(f"no step of {self} reads the tokens that end a text; split_temperature does")
+        given = list(tokens) if isinstance(tokens, Iterable) and not isinstance(tokens, str) else tokens
+        if not isinstance(given, list) or not given:
+            raise DecalError(f"for_ends takes token ids such as [2, 198], at least one, got {given!r}")
+        return replace(self, ends=tuple(sorted(set(TokensParameter().check("for_ends: tokens", given)))))
 
     @property
     def missing(self) -> dict[str, Given]:
@@ -425,7 +441,7 @@ class Chain:
 
     def _run(self, logits: Tensor, history: History | None, state: State | None, compiling: bool = True) -> tuple[Tensor, Seen]:
         """The chain in wide floats, -inf where dropped, pass by pass; ``compiling`` where that can be."""
-        context = Context(history, self.weights, self.guide, self.views)
+        context = Context(history, self.weights, self.guide, self.views, self.ends)
         number = {id(step): i for i, step in enumerate(self.steps)}
         # Several coins of a chain are several coins, whatever their seeds; one that is off may be on in another row.
         toss = {id(step): n for n, step in enumerate((s for s in self.steps if "chance" in s.rule.needs), 1)}

@@ -180,6 +180,7 @@ class Given(NamedTuple):
 GIVEN = {
     "model": Given("weights", "the model's embeddings", "models", "for_model(model)"),
     "answers": Given("guide", "the valid answers", "answers", "for_answers(answers, tokenizer)"),
+    "ends": Given("ends", "the tokens that end a text", "tokens that end a text", "for_ends(tokens)"),
     "prompts": Given("views", "other prompts", "prompts", "for_prompts(decal.Prompts(model, tokenizer, ...))"),
 }
 """By what `Rule.needs` calls it."""
@@ -194,6 +195,7 @@ class Context:
         weights: the model's embeddings.
         guide: the valid answers.
         views: logits behind other prompts.
+        ends: tokens that end a text.
         coin: forces every random choice, for computing with both outcomes.
         toss: which random choice of the chain it is.
     """
@@ -202,6 +204,7 @@ class Context:
     weights: Weights | None = None
     guide: Guide | None = None
     views: Views | None = None
+    ends: tuple[int, ...] | None = None
     coin: bool | None = None
     toss: int = 0
 
@@ -213,4 +216,4 @@ class Context:
         from decal.samplers.views import NoViews
 
         two = torch.eye(2, dtype=torch.float64)
-        return cls(History.of([[0]]), Weights(two, two), Guide(TokenTrie(1)), NoViews())
+        return cls(History.of([[0]]), Weights(two, two), Guide(TokenTrie(1)), NoViews(), (0,))

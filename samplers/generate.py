@@ -50,6 +50,9 @@ def generate_kwargs(
     if beside:
         raise DecalError(f"generate_kwargs: {', '.join(beside)} would act beside the chain {chain}; put it into the chain")
     _refuse_deaf(chain, kwargs, direct)
+    if "ends" in chain.missing and kwargs.get("eos_token_id") is not None:
+        eos = kwargs["eos_token_id"]
+        chain = chain.for_ends(eos if isinstance(eos, (list, tuple)) else [eos])
     beams = kwargs["num_beams"] = kwargs.get("num_beams") or 1
     if seeds is not None and beams > 1:
         raise DecalError(

@@ -6,9 +6,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from decal.samplers.row import Affine, Map, Row
-from decal.samplers.rule import Choice, Param, rule
+from decal.samplers.rule import Choice, Param, Tokens, rule
 
 LN2 = math.log(2)
 
@@ -22,6 +23,34 @@ def temperature(row: Row, t: Tensor = Param(1.0, low=0, high=math.inf, off=1.0))
     Elsewhere: everywhere, as `temperature`, at different places in the order.
     """
     return Affine(1 / t, torch.zeros_like(t))
+
+
+@rule()
+def split_temperature(
+    row: Row,
+    t: Tensor = Param(1.6, low=1e-3, off=1.0, sweep=(0.5, 1.6, 5.0)),
+    end: Tensor = Param(0.5, low=1e-3, off=1.0, sweep=(0.3, 1.2)),
+    ends: tuple[int, ...] = Tokens(),
+) -> Map:
+    """Divide by ``t`` the logits of tokens that go on, and by ``end`` the log odds that the text ends.
+
+    Maps p_i to s(o / end) p_i / P(E) for the tokens E that end a text, and to s(-o / end) p_i^(1/t) / sum_C p^(1/t) for the
+    others, C; s(x) = 1 / (1 + exp(-x)), o = log(P(E) / P(C)). So heat changes what is said, not when it is over: a plain
+    temperature of 2 has a text that was to end with .8 end with .1, as there are so many ways to go on. The tokens that end a
+    text are ``ends``, or given by ``chain.for_ends(tokens)``. Made for decal; `docs/calibration.md` has what it gains.
+    """
+    ends = ends or row.ends
+
+    def split(z: Tensor) -> Tensor:
+        ending = row.is_one_of(ends)
+        z = z - row.max
+        stop, go = torch.where(ending, z, -torch.inf), torch.where(ending, -torch.inf, z / t)
+        stops, goes = stop.logsumexp(-1, keepdim=True), torch.where(ending, -torch.inf, z).logsumexp(-1, keepdim=True)
+        odds = (stops - goes) / end
+        split = torch.where(ending, stop - stops + logsigmoid(odds), go - go.logsumexp(-1, keepdim=True) + logsigmoid(-odds))
+        return torch.where(z.isfinite(), split, z)
+
+    return Map(split, monotone=False)
 
 
 @rule(paper="arXiv:2605.11128", wants_cut=True)

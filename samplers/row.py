@@ -156,6 +156,10 @@ class Row(Protocol):
         """Logits behind other prompts."""
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+
+    @property
     def tokens(self) -> Tensor | None:
         """(B, W) which tokens the columns are, or None if column i is token i."""
 
@@ -236,6 +240,10 @@ class BaseRow:
     @property
     def views(self) -> Views:
         return cast("Views", self._given("prompts"))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return cast("tuple[int, ...]", self._given("ends"))
 
     def _given(self, need: str) -> Any:
         self.reads.add(need)

@@ -404,7 +404,7 @@ class Rule:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it reads besides the logits: of ``history``, ``chance``, ``state``, ``model``, ``answers`` and ``prompts``."""
+        """What it reads besides the logits: some of ``history``, ``chance``, ``state`` and the names of `GIVEN`."""
         return self.reads & {"history", "chance", "state", *GIVEN}
 
     @property
@@ -464,6 +464,12 @@ class Step:
         """Whether the values switch the rule off in every row."""
         switches = [(self.values[name], p.off) for name, p in self.rule.params.items() if p.off is not None]
         return bool(switches) and all(bool((v == off).all()) if isinstance(v, Tensor) else v == off for v, off in switches)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its rule does, but for tokens that it was given as a parameter."""
+        given = {name for name, p in self.rule.params.items() if isinstance(p, TokensParameter) and self.values[name]}
+        return self.rule.needs - given
 
     def numbers(self, like: Tensor) -> dict[str, Any]:
         """The values as the body sees them; ``like`` gives device and dtype."""

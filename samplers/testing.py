@@ -129,7 +129,8 @@ class Trial:
         answers = some_answers(text[:, 4:].tolist(), vocabulary) if "answers" in chain.needs else []
         guide = guide_of(answers, [vocabulary - 1] if vocabulary > 1 else []) if answers else None
         views = SomeViews.of(vocabulary, g) if "prompts" in chain.needs else None
-        return cls(Chain(chain.steps, weights, guide, views), History.of(text, prompt=4))
+        ends = (0, vocabulary - 1) if "ends" in chain.needs else None
+        return cls(Chain(chain.steps, weights, guide, views, ends), History.of(text, prompt=4))
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.chain(z, history=self.history, state=self.chain.init(len(z)))
@@ -272,7 +273,7 @@ def is_of_its_kind(rule: Rule, trial: Trial, z: Tensor) -> None:
         ranked, before = processed.gather(-1, order), z.gather(-1, order)
         if rule.monotone:
             require((ranked[:, 1:] >= ranked[:, :-1]).all(), f"{where}: changed the order; Map(..., monotone=False)?")
-        if not rule.needs & {"history", "model"}:
+        if not rule.needs & {"history", "model", "ends"}:
             tied = (before[:, 1:] == before[:, :-1]) & ranked[:, :-1].isfinite()
             require((ranked[:, 1:] == ranked[:, :-1])[tied].all(), f"{where}: ties came apart")
 
@@ -374,11 +375,12 @@ def renaming_tokens_renames_the_answer(rule: Rule) -> None:
         new = order.argsort().tolist()
         guide = trial.chain.guide and _renamed(trial.chain.guide, new)
         views = trial.chain.views and SomeViews(trial.chain.views.logits("", History.of(order[:, None]))[..., order])
-        other = Trial(Chain(trial.chain.steps, weights, guide, views), renamed)
+        ends = trial.chain.ends and tuple(new[token] for token in trial.chain.ends)
+        other = Trial(Chain(trial.chain.steps, weights, guide, views, ends), renamed)
         law, again = trial(z).softmax(-1)[:, order], other(z[:, order]).softmax(-1)
         require(torch.equal(law > 0, again > 0), f"{trial.chain}: renaming tokens changes the kept set")
         require((law - again).abs().max() < 1e-9, f"{trial.chain}: renaming tokens changes the law")
-        context = Context(h, w, trial.chain.guide, trial.chain.views, toss=1)
+        context = Context(h, w, trial.chain.guide, trial.chain.views, trial.chain.ends, toss=1)
         state = trial.chain.init(len(z))
         states = {id(step): s for step, s in zip(trial.chain.steps, state, strict=True)}
         columns = z[:, order].double()

@@ -182,6 +182,8 @@ def _chain(given: Any, params: Mapping[str, Any]) -> Chain:
             if isinstance(param, TokensParameter) and isinstance(ids, tuple) and max(ids, default=0) >= MOST_TOKENS:
                 raise DecalError(f"decal: {step.rule.name}: {name} has {max(ids)}, which is no token of any model")
     for need, one in chain.missing.items():
+        if need == "ends":
+            raise DecalError(f"decal: {chain} reads {one.what}; write their ids into it, such as ends=(2, 198)")
         if need != "answers":
             raise DecalError(f"decal: {chain} reads {one.what}, which an engine doesn't give to its processors")
         if "decal_answers" not in params:

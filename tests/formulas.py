@@ -288,6 +288,24 @@ def temperature(z: Row, t: float) -> Answer:
     return with_temperature(z, t)
 
 
+def split_temperature(z: Row, t: float, end: float, ends: Sequence[int]) -> Answer:
+    """A coin decides whether it ends; then a law of its own decides how, or how it goes on."""
+    stops = np.isin(np.arange(len(z)), ends)
+    stop, go = np.where(stops, z, -np.inf), np.where(stops, -np.inf, z)
+    odds = (exact_log_sum(stop) - exact_log_sum(go)) / end
+    log_q = np.full(len(z), -np.inf)
+    for some, sign in ((stop, 1), (go / t, -1)):
+        if np.isfinite(some).any():
+            alive = np.isfinite(some)
+            log_q[alive] = log_probabilities(some)[alive] - np.logaddexp(0, -sign * odds)
+    size = max(1.0, np.abs(odds)) if np.isfinite(odds) else 1.0
+    return Answer(log_q, nothing(z), relative=CLOSE * size, gone=log_q < NEGLIGIBLE)
+
+
+def exact_log_sum(z: Row) -> float:
+    return float(np.logaddexp.reduce(z - z.max()) + z.max()) if np.isfinite(z).any() else -math.inf
+
+
 def flatten(z: Row, strength: float) -> Answer:
     n = int(np.isfinite(z).sum())
     return reshaped(z, (1 - strength) * np.where(np.isfinite(z), log_probabilities(z), 0.0) - strength * np.log(n))
@@ -756,7 +774,8 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     rule.__name__: rule
     for rule in (
         *(top_k, top_p, min_p, top_n_sigma, epsilon, eta, top_a, typical, p_less, p_less_norm, tail_free, top_h, min_k, ees),
-        *(mirostat_k, temperature, flatten, dynamic_temperature, edt, quadratic, target_entropy, cap, power_law, skew),
+        *(mirostat_k, temperature, split_temperature, flatten, dynamic_temperature, edt, quadratic, target_entropy, cap),
+        *(power_law, skew),
         *(sparsemax, entmax, l0_bregman, best_of_k),
         *(repetition_penalty, presence_penalty, frequency_penalty, adapt, no_repeat_ngram, dry, xtc, mirostat, adaptive_p),
         *(min_validity, risk_budget, conformal_nucleus, calibrated_top_k, top_w, basis_aware, guided, ensemble, contrast),

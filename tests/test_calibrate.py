@@ -206,7 +206,8 @@ def test_scores_and_choices_by_hand() -> None:
 def test_a_profile_is_what_its_family_gave() -> None:
     rng = np.random.default_rng(9)
     validity, diversity = rng.random((6, 4, 3)) * 1.0000001, rng.random((6, 4, 3))
-    family = ("temperature", "min_p", "min_p | adapt", "min_p", "ensemble | min_p", "top_k")
+    row, read = "min_p | split_temperature", "ensemble | min_p | split_temperature"
+    family = ("temperature", row, "min_p", row, read, "top_k")
     results = Results(tuple("abcd"), family, tuple(map(str, range(6))), validity, diversity)
     found = c.profiles(results)
     assert found["row"].chains == ("1", "3")

@@ -642,3 +642,30 @@ def test_every_word_of_a_rule_alone(text: str, problem: tuple[TokenTrie, Tensor,
     trie, logits, prompt, _ = problem
     expected = replay(trie, logits, decal.parse(text), prompt, None)
     np.testing.assert_allclose(exact_answers(problem, text)[0], expected, rtol=0, atol=1e-9)
+
+
+def test_the_evaluator_knows_which_tokens_end_an_answer() -> None:
+    """Answer probabilities as products along each path, of a temperature that spares the decision to end."""
+    rng = np.random.default_rng(21)
+    answers = tiny.random_answers(rng, range(2, 12), 4, 25)
+    trie = tiny.trie_of(answers, [0, 1])
+    logits = tiny.random_rows(rng, trie, 20, 3.0)
+    values = [(3.0, 0.5), (0.4, 1.3), (1.0, 2.0)]
+    chains = [decal.parse(f"min_p(0.01) | split_temperature({t}, {end})") for t, end in values]
+    found = exact.evaluate(trie, tiny.blocks(logits, 5), chains)
+    for number, (t, end) in enumerate(values):
+        for i, answer in enumerate(answers):
+            p, node = 1.0, 0
+            for token in (*answer, None):
+                z = logits[node].double().numpy()
+                law = tiny.softmax(np.where(z >= z.max() + np.log(0.01), z, -np.inf))
+                ending = law[[0, 1]].sum()
+                stop = ending ** (1 / end) / (ending ** (1 / end) + (1 - ending) ** (1 / end))
+                go = np.where(np.arange(20) < 2, 0, law ** (1 / t))
+                if token is None:
+                    p *= stop
+                    break
+                p *= (1 - stop) * go[token] / max(go.sum(), 1e-300)
+                node = trie.children[node][token]
+            assert found.answers[number][i] == pytest.approx(p, abs=1e-9)
+    assert len({round(float(v), 6) for v in found.validity}) == 3

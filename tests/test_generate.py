@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -412,3 +413,48 @@ def test_frequencies_are_the_chain_s_probabilities(model: LlamaForCausalLM, text
     if p[~common].sum() * draws >= 5:
         observed, expected = np.append(observed, counts[~common].sum()), np.append(expected, p[~common].sum() * draws)
     assert chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
+
+
+ENDS = (3, 40, 41)
+
+
+def split(z: Tensor, t: float, end: float, ends: Sequence[int] = ENDS) -> Tensor:
+    """Probabilities, with nothing of the product's."""
+    p = z.double().softmax(-1)
+    stops = torch.zeros(z.shape[-1], dtype=torch.bool)
+    stops[list(ends)] = True
+    ending = torch.sigmoid(torch.logit((p * stops).sum(-1, keepdim=True)) / end)
+    inside = torch.where(stops, 0.0, p ** (1 / t))
+    outside = torch.where(stops, p, 0.0)
+    return outside / outside.sum(-1, keepdim=True) * ending + inside / inside.sum(-1, keepdim=True) * (1 - ending)
+
+
+@pytest.mark.parametrize("told", ["for_ends", "eos_token_id", "ends"])
+def test_texts_end_as_often_as_told(model: LlamaForCausalLM, told: str) -> None:
+    chain, kwargs = decal.split_temperature(3.0, 0.7), {}
+    if told == "for_ends":
+        chain = pickle.loads(pickle.dumps(chain.for_ends(reversed(ENDS))))
+    elif told == "ends":
+        chain = decal.split_temperature(3.0, 0.7, ENDS)
+        assert chain.needs == frozenset()
+    else:
+        kwargs = {"eos_token_id": list(ENDS)}
+    out = generate(model, chain, PROMPT.repeat(20, 1), min_new_tokens=None, **kwargs)
+    for scores, logits in zip(out.scores, out.logits, strict=True):
+        torch.testing.assert_close(scores.double().softmax(-1), split(logits, 3.0, 0.7), atol=1e-6, rtol=1e-5)
+
+
+def test_tokens_that_end_a_text_must_be_told(model: LlamaForCausalLM) -> None:
+    chain = decal.min_p(0.1) | decal.split_temperature(2.0, 0.5)
+    for use in (chain.generate_kwargs, chain.processor, lambda: chain(torch.zeros(1, 5))):
+        with pytest.raises(DecalError, match=r"reads the tokens that end a text: use chain\.for_ends\(tokens\)"):
+            use()
+    for bad in ([], "23", 3, [-1], [1.5], ["a"], [True]):
+        with pytest.raises(DecalError, match="for_ends"):
+            chain.for_ends(bad)
+    with pytest.raises(DecalError, match="no step of min_p"):
+        decal.min_p(0.1).for_ends([2])
+    off = decal.min_p(0.1) | decal.split_temperature(1.0, 1.0)
+    assert off.missing == {}
+    with pytest.raises(DecalError, match="different tokens that end a text; use for_ends once"):
+        chain.for_ends([2]) | decal.split_temperature(2.0).for_ends([3])

@@ -58,6 +58,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"t": t, "spread": s, "exponent": e}
         for t, s, e in ((1, 0.3, 1), (1.5, 0.5, 0.4), (0.5, 0.8, 2), (1.3, 0, 1), (1, 1, 0))
     ],
+    "split_temperature": [
+        {"t": t, "end": end, "ends": ends}
+        for t, end, ends in ((5.0, 0.3, ()), (0.5, 1.0, (0,)), (1.0, 2.0, (1, 2, 5)), (0.01, 1e-3, ()), (100.0, 50.0, (3, 1)))
+    ],
     "edt": [{"t": t, "theta": th, "n": n} for t, th, n in ((1, 0.1, 0.8), (0.8, 1.5, 0.8), (2, 0.7, 0.3), (1.2, 0, 0.8))],
     "quadratic": [{"factor": f, "curve": c} for f, c in ((0.05, 1), (0.2, 1.7), (1.0, 2.3), (0.3, 3))],
     "target_entropy": [
@@ -272,7 +276,7 @@ def processed(name: str, values: Mapping[str, Any], z: np.ndarray, around: Scene
     """What decal makes of the rows."""
     chain = decal.RULES[name](**values)
     needs = chain.needs
-    given = {"model": "weights", "answers": "guide"}
+    given = {"model": "weights", "answers": "guide", "ends": "ends"}
     chain = replace(chain, **{given[need]: getattr(around, given[need]) for need in needs & set(given)})
     if "prompts" in needs:
         chain = replace(chain, views=around)
@@ -296,6 +300,8 @@ def wanted(name: str, values: Mapping[str, Any], row: np.ndarray, place: int, ar
         v |= {"answers": around.answers, "ends": around.ends}
     if "history" in needs:
         v |= {"text": around.texts[place], "prompt": around.prompts[place]}
+    if name == "split_temperature":
+        v["ends"] = v["ends"] or around.ends
     if name == "top_w":
         v["embedding"] = around.embedding
     if name == "basis_aware":

@@ -56,6 +56,7 @@ def test_a_request_is_its_chain_and_its_seed():
         ({"decal": "guided(1)"}, "send decal_answers"),
         ({"decal": "top_w(1.0)"}, "reads the model's embeddings, which an engine doesn't give"),
         ({"decal": "ensemble(0.5)"}, "reads other prompts, which an engine doesn't give"),
+        ({"decal": "split_temperature(2, 0.5)"}, r"reads the tokens that end a text; write their ids into it, such as ends="),
         ({"decal": "min_p(0.1)", "decal_answers": ["red"]}, "no step of min_p"),
         ({"decal": "guided(1)", "decal_answers": "red"}, "must be a list of texts, got 'red'"),
         ({"decal": "guided(1)", "decal_answers": []}, "is empty"),

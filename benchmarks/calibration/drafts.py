@@ -18,7 +18,15 @@ from report import FLOORS, Runs
 from decal.eval.paths import atomic_write
 from decal.samplers.drafts import Profile, Search
 
-FAMILIES = ("temperature", "top_n_sigma", "min_p", "ensemble | min_p", "ensemble | min_p | adapt")
+FAMILIES = (
+    "temperature",
+    "top_n_sigma",
+    "min_p",
+    "min_p | split_temperature",
+    "ensemble | min_p",
+    "ensemble | min_p | adapt",
+    "ensemble | min_p | split_temperature",
+)
 BUDGETS = (0, 10, 20, 50, 100, 200)
 EACH = 5
 TIMES = 4

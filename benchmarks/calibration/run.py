@@ -26,7 +26,7 @@ from decal.samplers.rule import find
 HERE = Path(__file__).parent
 BASELINES = ("temperature", "top_k", "top_p", "min_p", "top_n_sigma", "typical", "eta", "p_less", "min_k", "top_h")
 FITTED = ("min_validity", "risk_budget")
-ROW_ONLY = (*FITTED, "min_p | adapt")
+ROW_ONLY = (*FITTED, "min_p | adapt", "min_p | split_temperature")
 DRAWS = 3
 
 
