@@ -156,7 +156,7 @@ class _Tuning:
     def _tried(self, chain: str, written: Sequence[str]) -> Tried:
         valid = [text for text in written if self.judged[text].valid]
         judged = sum(self.judged[text].valid is not None for text in written)
-        return Tried(chain, len(valid), judged, len(written), len(set(valid)))
+        return Tried(chain, len(valid), judged, len(written), len({text.strip() for text in valid}))
 
     def _write(self, chain: Chain, numbers: range) -> list[str]:
         """The drafts of these numbers, which decide their seeds."""

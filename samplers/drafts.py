@@ -12,6 +12,7 @@ Legend: S chains, P prompts.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -109,8 +110,8 @@ class Search:
     def __init__(self, profile: Profile, floor: float):
         from decal.samplers.chain import parse
 
-        if not 0 < floor < 1:
-            raise DecalError(f"the validity to be reached must be in (0, 1), got {floor:g}")
+        if not isinstance(floor, (int, float)) or not 0 < floor < 1:
+            raise DecalError(f"the validity to be reached must be a number in (0, 1), got {floor!r}")
         self.floor = floor
         self.chains = tuple(parse(text) for text in profile.chains)
         self._names = [str(chain) for chain in self.chains]
@@ -135,8 +136,9 @@ class Search:
         Raises:
             DecalError: not 0 <= valid <= drafts with at least one draft, or a chain that isn't of the search.
         """
-        if not (0 <= valid <= drafts and drafts >= 1):
-            raise DecalError(f"of at least 1 draft between none and all are valid, got {valid} of {drafts}")
+        whole = isinstance(valid, numbers.Integral) and isinstance(drafts, numbers.Integral)
+        if not (whole and 0 <= valid <= drafts and drafts >= 1):
+            raise DecalError(f"of at least 1 draft none to all are valid, in whole numbers, got {valid!r} of {drafts!r}")
         chain = self.ask() if chain is None else chain
         if str(chain) not in self._names:
             raise DecalError(f"the search has no chain {chain}; it has {len(self.chains)}, from {self.chains[0]} on")

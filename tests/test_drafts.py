@@ -139,12 +139,12 @@ def test_bad_profiles_and_bad_tales_are_refused() -> None:
     for number in (1.1, -0.1, math.nan):
         with pytest.raises(DecalError, match=r"are in \[0, 1\]"):
             replace(good, validity=((number, *good.validity[0][1:]), *good.validity[1:]))
-    for floor in (0.0, 1.0, 1.5, math.nan):
-        with pytest.raises(DecalError, match=r"must be in \(0, 1\)"):
+    for floor in (0.0, 1.0, 1.5, math.nan, "0.5", None):
+        with pytest.raises(DecalError, match=r"must be a number in \(0, 1\)"):
             Search(good, floor)
     search = Search(good, 0.5)
-    for valid, count in ((3, 2), (-1, 2), (0, 0)):
-        with pytest.raises(DecalError, match=f"got {valid} of {count}"):
+    for valid, count in ((3, 2), (-1, 2), (0, 0), (1.0, 2), (1, math.nan)):
+        with pytest.raises(DecalError, match=f"got {valid!r} of {count!r}"):
             search.tell(valid, count)
     with pytest.raises(DecalError, match=r"no chain top_k\(5\); it has 3"):
         search.tell(1, 2, decal.top_k(5))
@@ -192,7 +192,7 @@ def test_a_prompt_is_tuned_and_nothing_is_done_twice(writer: LoadedModel, tmp_pa
     for one in found.tried:
         texts = [r["text"] for r in records if r["chain"] == one.chain]
         valid = [t for t in texts if t[:1].isdigit()]
-        assert (one.drafts, one.valid, one.different) == (len(texts), len(valid), len(set(valid)))
+        assert (one.drafts, one.valid, one.different) == (len(texts), len(valid), len({t.strip() for t in valid}))
         assert one.judged == sum(map(bool, texts))
     # The search is told just that, five by five, the last two.
     search = Search(prior, 0.6)
@@ -245,7 +245,7 @@ def test_tune_prompt_from_end_to_end(run: Run, model, tmp_path) -> None:  # noqa
     assert also.code == 0, also.err
     assert json.loads((tmp_path / "two/tuned.json").read_text())["chosen"]["chain"].startswith("ensemble(")
     for arguments, message in (
-        (("--min-validity", 1), "must be in (0, 1)"),
+        (("--min-validity", 1), "must be a number in (0, 1)"),
         (("--judge", "nonsense"), "no judge"),
         (("--calibration", tmp_path / "a.yaml"), "no calibration"),
     ):

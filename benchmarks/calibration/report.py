@@ -21,7 +21,14 @@ from decal.eval.paths import atomic_write
 
 FLOORS = (0.5, 0.8, 0.9)
 FULL = "ensemble | min_p"
-READ = ("ensemble | min_p", "ensemble | top_p", "ensemble | top_k", "ensemble | top_n_sigma", "ensemble | min_p | adapt")
+READ = (
+    "ensemble | min_p",
+    "ensemble | top_p",
+    "ensemble | top_k",
+    "ensemble | top_n_sigma",
+    "ensemble | min_p | adapt",
+    "ensemble | min_p | split_temperature",
+)
 LEAST_GAP = 0.02
 WORSE = 0.02
 RESAMPLES = 2000
@@ -176,7 +183,7 @@ def floor_table(runs: Runs, floor: float) -> str:
 
 def shown(runs: Runs) -> dict[str, tuple[str, ...]]:
     """By name, the families that are shown task by task: those that were run."""
-    found = {"baseline": BASELINES, ROW_ONLY[0]: ROW_ONLY[:1], FULL: (FULL,), READ[-1]: READ[-1:]}
+    found = {"baseline": BASELINES, ROW_ONLY[-1]: ROW_ONLY[-1:], FULL: (FULL,), READ[-1]: READ[-1:]}
     return {name: families for name, families in found.items() if len(runs.of(*families))}
 
 
