@@ -496,6 +496,10 @@ def print_report(found: Calibration, console: Any) -> None:
     said = "Numbers are means over tasks left out; score: diversity where the floor is reached, else 0."
     said += f" The mean validity is below {' and '.join(low)} there: try a chain on tasks of yours first." if low else ""
     console.print(said, highlight=False, soft_wrap=True)
+    if not found.profiles:
+        console.print(
+            f"With fewer than {LEAST} prompts there is nothing that decal tune-prompt could begin with.", highlight=False
+        )
     tasks = len(found.report["risk_controlled_on"])
     for rule, chains in found.risk.items():
         kept, lost = (", ".join(e for e, chain in chains.items() if (chain is None) == none) for none in (False, True))

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -830,6 +830,7 @@ def tune_prompt(
     plan = tuning.Plan(drafts=drafts, each=each, most=most, stop=_marks(stop), form=form, seed=seed)
     decal.calibrated.load(calibration).search(floor, prompts=bool(others))
     _check_writable(out)
+    tuning.refuse_another(out, prompt)
 
     loaded = asked.load(model)
     search = decal.calibrated.load(calibration, loaded.model, loaded.tokenizer).search(floor, prompts=bool(others))
@@ -837,7 +838,8 @@ def tune_prompt(
     bars.bars.update(bars.overall, visible=False)
     with bars as (report_to, _):
         found = tuning.tune(loaded, asked.judge, prompt, search, plan, out, others, report_to)
-    tuning.write(found, _about_judged(loaded, judge_name, start) | {"prompt": prompt, "others": others, "seed": seed}, out)
+    told = {"prompt": prompt, "others": others, "calibration": str(calibration), **asdict(plan)}
+    tuning.write(found, _about_judged(loaded, judge_name, start) | told, out)
     console = _console()
     console.print(f"{loaded.name}, judge {judge_name}, seed {seed}\n", highlight=False, markup=False, soft_wrap=True)
     tuning.print_table(found, console)

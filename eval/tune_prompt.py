@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from decal.eval.completion import Form, Writer, encode
 from decal.eval.frontier import Report
@@ -50,10 +51,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, low in {"drafts": 1, "each": 1, "most": 1, "seed": 0}.items():
-            if getattr(self, name) < low:
-                raise DecalError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if "" in self.stop:
-            raise DecalError("a stop text must not be empty")
+            given = getattr(self, name)
+            if isinstance(given, bool) or not isinstance(given, numbers.Integral) or int(given) < low:
+                raise DecalError(f"{name} must be a whole number of at least {low}, got {given!r}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise DecalError(f"stop is a tuple of texts that aren't empty, got {self.stop!r}")
+        if self.form not in get_args(Form):
+            raise DecalError(f"form must be {' or '.join(get_args(Form))}, got {self.form!r}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Tried:
     """What became of the drafts of a chain.
 
     Attributes:
-        valid, judged: how many are, and of how many the judge said whether they are.
+        valid, judged: how many are, and of how many the judge said whether they are; the others are left out.
         drafts: how many there are.
         different: how many different valid ones.
     """
@@ -104,42 +108,38 @@ def tune(
 
     Args:
         judge: is given ``prompt`` as it stands here, not in a chat template.
-        search: fresh; it is told of the drafts.
+        search: one that was told nothing yet; it is told of the drafts.
         others: other ways to ask, for chains that read them.
         report: told about progress.
 
     Raises:
-        DecalError: the prompt doesn't fit the model, the judge can't work, the folder can't be written, or another process
-            works in it.
+        DecalError: the prompt doesn't fit the model, prompts are alike, the search was told something, the judge can't work or
+            has no verdict on any draft, the folder can't be written, or another process works in it.
     """
+    if search.drafts:
+        raise DecalError(f"the search was told of {search.drafts} drafts before; tune begins with a new one")
+    tuning = _Tuning(model, prompt, search, plan, others, report)
     with alone(folder), Journal(folder / DRAFTS) as drafts, Journal(folder / JUDGED) as judged:
-        return _Tuning(model, judge, prompt, search, plan, drafts, judged, others, report).run()
+        return tuning.run(drafts, Remembered(judge, prompt, judged))
 
 
 class _Tuning:
-    def __init__(
-        self,
-        model: LoadedModel,
-        judge: Judge,
-        prompt: str,
-        search: Search,
-        plan: Plan,
-        drafts: Journal,
-        judged: Journal,
-        others: Sequence[str],
-        report: Report,
-    ):
+    drafts: Journal
+    judged: Remembered
+
+    def __init__(self, model: LoadedModel, prompt: str, search: Search, plan: Plan, others: Sequence[str], report: Report):
+        if isinstance(others, str) or len({prompt, *others}) <= len(others):
+            raise DecalError(f"other ways to ask are texts unlike the prompt and each other, got {others!r}")
         self.model, self.search, self.plan, self.report = model, search, plan, report
         self.writer = Writer(model, plan.stop)
-        self.ids, *ways = [encode(model.tokenizer, text, plan.form) for text in (prompt, *others)]
-        self.writer.check_room(max(map(len, (self.ids, *ways))) + plan.most)
-        self.ways = ways
-        self.drafts, self.judged = drafts, Remembered(judge, prompt, judged)
+        self.ids, *self.ways = [encode(model.tokenizer, text, plan.form) for text in (prompt, *others)]
+        self.writer.check_room(max(map(len, (self.ids, *self.ways))) + plan.most)
         put = partial(encode, model.tokenizer, form=plan.form)
         as_ids: Callable[[str], dict[str, Any]] = lambda text: {"input_ids": put(text)}  # noqa: E731
         self.views = Prompts(model.model, as_ids, {prompt: list(others)}) if others else None
 
-    def run(self) -> Tuned:
+    def run(self, drafts: Journal, judged: Remembered) -> Tuned:
+        self.drafts, self.judged = drafts, judged
         texts: dict[str, list[str]] = {}
         for start in range(0, self.plan.drafts, self.plan.each):
             chain = self.search.ask()
@@ -150,6 +150,9 @@ class _Tuning:
             if told := len(verdicts) - verdicts.count(None):
                 self.search.tell(verdicts.count(True), told)
             self.report("drafts", start + len(written), self.plan.drafts)
+        if not self.search.drafts:
+            reason = next(self.judged[text].reason for written in texts.values() for text in written)
+            raise DecalError(f"the judge has no verdict on any of {self.plan.drafts} drafts; of the first it says: {reason}")
         tried = tuple(self._tried(chain, written) for chain, written in texts.items())
         return Tuned(self.search.floor, tried, self.search.best())
 
@@ -175,6 +178,16 @@ class _Tuning:
         return [self.drafts.records[key]["text"] for key in keys]
 
 
+def refuse_another(folder: Path, prompt: str) -> None:
+    """Raise DecalError if the folder has what was tuned for another prompt, which `write` would replace."""
+    try:
+        other = json.loads((folder / TUNED).read_text(encoding="utf-8"))["about"]["prompt"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if other != prompt:
+        raise DecalError(f"{folder} has the results of another prompt, {other!r}; choose another --out")
+
+
 def write(found: Tuned, about: Mapping[str, Any], folder: Path) -> None:
     """Write `TUNED`."""
     chosen = {**vars(found.chosen), "chain": str(found.chosen.chain)}
@@ -196,16 +209,18 @@ def print_table(found: Tuned, console: Any) -> None:
         table.add_row(Text(one.chain), str(one.drafts), f"{one.valid}{unsure}", str(one.different))
     console.print(table)
     best = found.chosen
-    low, high = best.interval
     about = (
-        f"Its validity on this prompt is about {best.validity:.2f}, with probability .95 in [{low:.2f}, {high:.2f}]; it is"
-        f" {found.floor:g} or more with probability {best.chance:.2f}."
+        f"Its validity on this prompt is {found.floor:g} or more with probability {best.chance:.2f}; the best guess is"
+        f" {best.validity:.2f}, and at least {best.at_least:.2f} with probability .95."
     )
+    silent = sum(one.drafts - one.judged for one in found.tried)
+    if silent:
+        about += f" The judge had no verdict on {silent} drafts, which are left out."
     if found.likely:
-        said = f"Use {best.chain}. {about} Its diversity is about {best.diversity:.2f} of what is possible, as elsewhere."
+        said = f"Use {best.chain}. {about} On other prompts its diversity is about {best.diversity:.2f} of what is possible."
     else:
         said = (
-            f"No chain of this calibration is likely to reach validity {found.floor:g} on this prompt. What comes nearest is"
+            f"No chain of this calibration is likely to reach validity {found.floor:g} on this prompt. The best bet is"
             f" {best.chain}. {about} Ask in another way, judge more drafts, or settle for less validity."
         )
     console.print(f"\n{said}", highlight=False, markup=False, soft_wrap=True)

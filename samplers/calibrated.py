@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from decal.samplers.drafts import Profile, Search
+from decal.samplers.drafts import LEAST, Profile, Search
 from decal.samplers.errors import DecalError
 from decal.samplers.row import Row
 from decal.samplers.rule import Feedback, Numbers, Param, rule
@@ -222,7 +222,13 @@ class Calibration:
         Raises:
             DecalError: the file has no such chains, or the floor is out of range.
         """
-        return Search(_of(self.profiles, "prompts" if prompts else "row", "profile"), floor)
+        name = "prompts" if prompts else "row"
+        if name not in self.profiles:
+            how = "with --read-prompts, on" if prompts else "on"
+            raise DecalError(
+                f"the calibration has no profile {name!r} to search in; decal calibrate {how} at least {LEAST} prompts"
+            )
+        return Search(self.profiles[name], floor)
 
     def min_validity(self, level: float) -> Chain:
         """The cut at an estimated validity, with the weights of the file."""
@@ -334,7 +340,9 @@ def _read(file: Path) -> Calibration:
         raise DecalError(f"{file} is no calibration: not JSON") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise DecalError(f"{file} is no calibration of format {FORMAT}, as decal calibrate writes them; its format is {got!r}")
+        raise DecalError(
+            f"{file} is no calibration of format {FORMAT}, as decal calibrate writes them; its format is {got!r}; make it again"
+        )
     try:
         found = Calibration(
             about=dict(content["about"]),

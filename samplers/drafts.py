@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,10 @@ EXTREME = 0.005
 """Validity and diversity nearer to 0 or 1 count as this near: beyond it a few drafts can't tell anything apart."""
 
 UNKNOWN = 0.1
-"""Variance of a chain's log odds that the known prompts don't explain."""
+"""Variance of a chain's log odds that the known prompts don't explain, of each chain by itself."""
+
+UNLIKE = 1.0
+"""Variance of log odds of validity of all chains together: a prompt may be harder or easier than any known one."""
 
 OPTIMISM = 1.0
 """How many standard deviations above its mean a chain's log odds of validity may be hoped to be, when it is worth trying."""
@@ -46,7 +49,7 @@ class Profile:
         validity, diversity: (S, P) in [0, 1]. Diversity is the effective number of valid answers divided by their number.
 
     Raises:
-        DecalError: shapes differ, a number is out of range, or there are less than `LEAST` prompts.
+        DecalError: shapes differ, a number is out of range, a chain is there twice, or there are less than `LEAST` prompts.
     """
 
     chains: tuple[str, ...]
@@ -62,6 +65,8 @@ class Profile:
             )
         if min(prompts) < LEAST:
             raise DecalError(f"a profile needs at least {LEAST} prompts, got {min(prompts)}")
+        if len(set(self.chains)) < len(self.chains):
+            raise DecalError("the chains of a profile differ, and one is there twice")
         if not all(0 <= number <= 1 for row in (*self.validity, *self.diversity) for number in row):
             raise DecalError("validity and diversity of a profile are in [0, 1]")
 
@@ -74,14 +79,14 @@ class Chosen:
         chain: the chain.
         chance: probability that its validity reaches the floor.
         validity: median of its validity.
-        interval: in which it lies with probability .95.
-        diversity: median of its diversity, as known from other prompts; drafts aren't compared with each other.
+        at_least: below this its validity is with probability .05.
+        diversity: median of its diversity, going by other prompts; drafts aren't compared with each other.
     """
 
     chain: Chain
     chance: float
     validity: float
-    interval: tuple[float, float]
+    at_least: float
     diversity: float
 
 
@@ -110,14 +115,15 @@ class Search:
     def __init__(self, profile: Profile, floor: float):
         from decal.samplers.chain import parse
 
-        if not isinstance(floor, (int, float)) or not 0 < floor < 1:
-            raise DecalError(f"the validity to be reached must be a number in (0, 1), got {floor!r}")
-        self.floor = floor
+        if not isinstance(profile, Profile):
+            raise DecalError(f"a search takes a Profile, got {profile!r}")
+        self.floor = _share(floor)
         self.chains = tuple(parse(text) for text in profile.chains)
         self._names = [str(chain) for chain in self.chains]
         known = torch.cat([_log_odds(profile.validity), _log_odds(profile.diversity)])
         self._mean = known.mean(-1)
         self._covariance = torch.cov(known) + UNKNOWN * torch.eye(len(known), dtype=known.dtype)
+        self._covariance[: len(self.chains), : len(self.chains)] += UNLIKE
         self._valid = torch.zeros(len(self.chains), dtype=torch.float64)
         self._drafts = torch.zeros(len(self.chains), dtype=torch.float64)
 
@@ -143,42 +149,73 @@ class Search:
         if str(chain) not in self._names:
             raise DecalError(f"the search has no chain {chain}; it has {len(self.chains)}, from {self.chains[0]} on")
         at = self._names.index(str(chain))
-        self._valid[at] += valid
-        self._drafts[at] += drafts
+        self._valid[at] += float(valid)
+        self._drafts[at] += float(drafts)
 
     def best(self) -> Chosen:
         """The chain of largest expected score, its diversity where it reaches the floor and 0 where it doesn't."""
         mean, deviation = self._posterior()
         at = self._best()
-        low, high = (float(torch.sigmoid(mean[at] + sign * 1.96 * deviation[at])) for sign in (-1, 1))
         return Chosen(
             chain=self.chains[at],
-            chance=float(self._chances(mean, deviation)[at]),
+            chance=float(self._log_chances(mean, deviation)[at].exp()),
             validity=float(torch.sigmoid(mean[at])),
-            interval=(low, high),
+            at_least=float(torch.sigmoid(mean[at] - 1.645 * deviation[at])),
             diversity=float(torch.sigmoid(mean[len(self.chains) + at])),
         )
 
     def _best(self, optimism: float = 0.0) -> int:
         mean, deviation = self._posterior()
-        diversity = torch.sigmoid(mean[len(self.chains) :])
-        return int((self._chances(mean, deviation, optimism) * diversity).argmax())
+        diversity = torch.nn.functional.logsigmoid(mean[len(self.chains) :])
+        return int((self._log_chances(mean, deviation, optimism) + diversity).argmax())
 
-    def _chances(self, mean: Tensor, deviation: Tensor, optimism: float = 0.0) -> Tensor:
-        """(S,) that the validity reaches the floor, if it is so many standard deviations larger than thought."""
+    def _log_chances(self, mean: Tensor, deviation: Tensor, optimism: float = 0.0) -> Tensor:
+        """(S,) of the validity to reach the floor, if it is so many standard deviations larger than thought."""
         above = mean[: len(self.chains)] - math.log(self.floor / (1 - self.floor))
-        return torch.special.ndtr(above / deviation[: len(self.chains)] + optimism)
+        return torch.special.log_ndtr(above / deviation[: len(self.chains)] + optimism)
 
     def _posterior(self) -> tuple[Tensor, Tensor]:
-        """(2S,) mean and standard deviation of log odds of validity, then of diversity, given the drafts."""
+        """(2S,) mean and standard deviation of log odds of validity, then of diversity, given the drafts.
+
+        Laplace's approximation, as in Rasmussen and Williams, Gaussian Processes for Machine Learning, section 3.4.
+        """
         tried = self._drafts.nonzero()[:, 0]
-        n, share = self._drafts[tried], (self._valid[tried] + 0.5) / (self._drafts[tried] + 1)
-        # What a share says about log odds, and how surely: the delta method, with half a draft of either kind in between.
-        noise = 1 / (n * share * (1 - share) + 0.25)
-        gain = torch.linalg.solve(self._covariance[tried][:, tried] + noise.diag(), self._covariance[tried]).T
-        mean = self._mean + gain @ (torch.logit(share) - self._mean[tried])
-        variance = self._covariance.diagonal() - (gain * self._covariance[:, tried]).sum(-1)
-        return mean, variance.clamp(min=1e-12).sqrt()
+        across = self._covariance[:, tried]
+        weight, information = _mode(self._mean[tried], across[tried], self._valid[tried], self._drafts[tried])
+        gain = torch.linalg.solve(across[tried] + (1 / information).diag(), across.T).T
+        variance = self._covariance.diagonal() - (gain * across).sum(-1)
+        return self._mean + across @ weight, variance.clamp(min=1e-12).sqrt()
+
+
+def _mode(mean: Tensor, covariance: Tensor, valid: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
+    """Where normal log odds are likeliest given how many drafts are valid: covariance^-1 (mode - mean), and the information
+    drafts(1 - share) share there, (n,) each. Newton's method, with shorter steps where a whole one overshoots."""
+
+    def fit(weight: Tensor) -> Tensor:
+        z = mean + covariance @ weight
+        likely = valid * torch.nn.functional.logsigmoid(z) + (drafts - valid) * torch.nn.functional.logsigmoid(-z)
+        return likely.sum() - weight @ (z - mean) / 2
+
+    weight = torch.zeros_like(mean)
+    for _ in range(100):
+        z = mean + covariance @ weight
+        information = (drafts * torch.sigmoid(z) * torch.sigmoid(-z)).clamp(min=1e-12)
+        pull = information * (z - mean) + valid - drafts * torch.sigmoid(z)
+        step = torch.linalg.solve(torch.eye(len(z), dtype=z.dtype) + information[:, None] * covariance, pull) - weight
+        size, before = 1.0, fit(weight)
+        while size > 1e-6 and fit(weight + size * step) < before:
+            size /= 2
+        weight = weight + size * step
+        if not len(step) or float((size * (covariance @ step)).abs().max()) < 1e-10:
+            break
+    z = mean + covariance @ weight
+    return weight, (drafts * torch.sigmoid(z) * torch.sigmoid(-z)).clamp(min=1e-12)
+
+
+def _share(floor: Any) -> float:
+    if not isinstance(floor, numbers.Real) or isinstance(floor, bool) or not 0 < float(floor) < 1:
+        raise DecalError(f"the validity to be reached must be a number in (0, 1), got {floor!r}")
+    return float(floor)
 
 
 def _log_odds(shares: tuple[tuple[float, ...], ...]) -> Tensor:

@@ -123,7 +123,7 @@ def content(**changes: Any) -> dict[str, Any]:
         advised={"0.8": calibrated.Advised("min_p(0.1) | temperature(1.4)", 0.5, 0.9, 0.85, 0.6)},
         risk={"min_validity": {"0.1": None, "0.3": "min_validity(0.6, 1.0, 0.5, -0.1)"}, "risk_budget": {}},
         report={},
-        profiles={"row": Profile(("min_p(0.1)", "min_p(0.2)"), ((0.5,) * 8, (0.7,) * 8), ((0.4,) * 8, (0.2,) * 8))},
+        profiles={"row": Profile(("min_p(0.1)", "min_p(0.2)"), ((0.5,) * 8, (0.7,) * 8), ((0.4,) * 8, (0.3,) * 8))},
     )
     from dataclasses import asdict
 
@@ -159,7 +159,9 @@ def test_a_file_gives_chains(tmp_path: Path) -> None:
     search = found.search(0.6)
     assert [str(chain) for chain in search.chains] == [str(decal.min_p(0.1)), str(decal.min_p(0.2))]
     assert str(search.best().chain) == str(decal.min_p(0.2))
-    with pytest.raises(DecalError, match="no profile prompts; it has row"):
+    with pytest.raises(
+        DecalError, match="no profile 'prompts' to search in; decal calibrate with --read-prompts, on at least 8 prompts"
+    ):
         found.search(0.6, prompts=True)
 
 

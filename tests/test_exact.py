@@ -455,7 +455,7 @@ VIEWS = SomeViews.of(40, torch.Generator().manual_seed(9))
 
 def replay(trie: TokenTrie, logits: Tensor, chain: decal.Chain, prompt: Sequence[int], weights: Weights | None) -> np.ndarray:
     """Probability of every answer, by one call of the chain for each prefix, from the root on."""
-    chain = decal.Chain(chain.steps, weights, Guide(trie), VIEWS)
+    chain = decal.Chain(chain.steps, weights, Guide(trie), VIEWS, tuple(trie.ends))
     law: dict[int, np.ndarray] = {}
     state = {0: chain.init(1)}
     for node in range(len(trie)):

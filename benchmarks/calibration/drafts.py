@@ -16,7 +16,7 @@ import numpy as np
 from report import FLOORS, Runs
 
 from decal.eval.paths import atomic_write
-from decal.samplers.drafts import Profile, Search
+from decal.samplers.drafts import Chosen, Profile, Search
 
 FAMILIES = (
     "temperature",
@@ -43,8 +43,8 @@ def profile(runs: Runs, settings: np.ndarray, task: int) -> Profile:
     return Profile(tuple(map(str, runs.setting[settings])), validity, diversity)
 
 
-def searched(prior: Profile, floor: float, validity: np.ndarray, rng: np.random.Generator) -> list[tuple[int, float]]:
-    """The setting chosen after each of `BUDGETS`, and the chance it is given, on a prompt of this ``validity`` (S,)."""
+def searched(prior: Profile, floor: float, validity: np.ndarray, rng: np.random.Generator) -> list[tuple[int, Chosen]]:
+    """The setting chosen after each of `BUDGETS`, and what is said of it, on a prompt of this ``validity`` (S,)."""
     search = Search(prior, floor)
     found = []
     for budget in BUDGETS:
@@ -52,24 +52,25 @@ def searched(prior: Profile, floor: float, validity: np.ndarray, rng: np.random.
             asked = search.ask()
             search.tell(int(rng.binomial(EACH, min(1.0, validity[search.chains.index(asked)]))), EACH, asked)
         best = search.best()
-        found.append((search.chains.index(best.chain), best.chance))
+        found.append((search.chains.index(best.chain), best))
     return found
 
 
 def measured(runs: Runs, family: str, floor: float) -> dict[str, Any]:
-    """Scores (T, D, TIMES, budgets), chances and whether they came true likewise."""
+    """Scores (T, D, TIMES, budgets); likewise chances, whether they came true, and whether validities are as large as said."""
     own = runs.of(family)
     scores, validity = runs.scores(floor)[own], runs.validity[own]
-    table = np.zeros((3, *validity.shape[1:], TIMES, len(BUDGETS)))
+    table = np.zeros((4, *validity.shape[1:], TIMES, len(BUDGETS)))
     for task in range(validity.shape[1]):
         prior = profile(runs, own, task)
         for prompt in range(validity.shape[2]):
             for time in range(TIMES):
                 rng = np.random.default_rng([task, prompt, time])
-                for at, (chosen, chance) in enumerate(searched(prior, floor, validity[:, task, prompt], rng)):
-                    came = validity[chosen, task, prompt] >= floor - 1e-9
-                    table[:, task, prompt, time, at] = scores[chosen, task, prompt], chance, came
-    return {name: values.round(4).tolist() for name, values in zip(("score", "chance", "came"), table, strict=True)}
+                for at, (chosen, said) in enumerate(searched(prior, floor, validity[:, task, prompt], rng)):
+                    true = validity[chosen, task, prompt]
+                    numbers = scores[chosen, task, prompt], said.chance, true >= floor - 1e-9, true >= said.at_least - 1e-9
+                    table[:, task, prompt, time, at] = numbers
+    return {name: values.round(4).tolist() for name, values in zip(("score", "chance", "came", "held"), table, strict=True)}
 
 
 @click.command()
