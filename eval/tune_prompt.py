@@ -211,7 +211,7 @@ def print_table(found: Tuned, console: Any) -> None:
     best = found.chosen
     about = (
         f"Its validity on this prompt is {found.floor:g} or more with probability {best.chance:.2f}; the best guess is"
-        f" {best.validity:.2f}, and at least {best.at_least:.2f} with probability .95."
+        f" {best.validity:.2f}."
     )
     silent = sum(one.drafts - one.judged for one in found.tried)
     if silent:

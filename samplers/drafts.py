@@ -79,14 +79,12 @@ class Chosen:
         chain: the chain.
         chance: probability that its validity reaches the floor.
         validity: median of its validity.
-        at_least: below this its validity is with probability .05.
         diversity: median of its diversity, going by other prompts; drafts aren't compared with each other.
     """
 
     chain: Chain
     chance: float
     validity: float
-    at_least: float
     diversity: float
 
 
@@ -160,7 +158,6 @@ class Search:
             chain=self.chains[at],
             chance=float(self._log_chances(mean, deviation)[at].exp()),
             validity=float(torch.sigmoid(mean[at])),
-            at_least=float(torch.sigmoid(mean[at] - 1.645 * deviation[at])),
             diversity=float(torch.sigmoid(mean[len(self.chains) + at])),
         )
 

@@ -57,10 +57,10 @@ def searched(prior: Profile, floor: float, validity: np.ndarray, rng: np.random.
 
 
 def measured(runs: Runs, family: str, floor: float) -> dict[str, Any]:
-    """Scores (T, D, TIMES, budgets); likewise chances, whether they came true, and whether validities are as large as said."""
+    """Scores (T, D, TIMES, budgets); likewise chances, and whether they came true."""
     own = runs.of(family)
     scores, validity = runs.scores(floor)[own], runs.validity[own]
-    table = np.zeros((4, *validity.shape[1:], TIMES, len(BUDGETS)))
+    table = np.zeros((3, *validity.shape[1:], TIMES, len(BUDGETS)))
     for task in range(validity.shape[1]):
         prior = profile(runs, own, task)
         for prompt in range(validity.shape[2]):
@@ -68,9 +68,9 @@ def measured(runs: Runs, family: str, floor: float) -> dict[str, Any]:
                 rng = np.random.default_rng([task, prompt, time])
                 for at, (chosen, said) in enumerate(searched(prior, floor, validity[:, task, prompt], rng)):
                     true = validity[chosen, task, prompt]
-                    numbers = scores[chosen, task, prompt], said.chance, true >= floor - 1e-9, true >= said.at_least - 1e-9
+                    numbers = scores[chosen, task, prompt], said.chance, true >= floor - 1e-9
                     table[:, task, prompt, time, at] = numbers
-    return {name: values.round(4).tolist() for name, values in zip(("score", "chance", "came", "held"), table, strict=True)}
+    return {name: values.round(4).tolist() for name, values in zip(("score", "chance", "came"), table, strict=True)}
 
 
 @click.command()
