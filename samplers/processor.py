@@ -80,7 +80,7 @@ class ChainProcessor(LogitsProcessor):
         if self.seeds is not None and self.requests is not None and len(self.seeds) != len(self.requests):
             raise DecalError(f"there are {len(self.requests)} requests, and seeds for {len(self.seeds)}")
         self.chain, self.pad_token_id, self.beams = chain, pad_token_id, beams
-        self.remembers = bool(chain.needs - {"model"})
+        self.remembers = bool(chain.needs - {"model", "ends"})
         # There a processor sees the current token alone, and rows come and go.
         self.supports_continuous_batching = chain.per_row is None and not self.remembers and seeds is None
         self.memory = Memory()

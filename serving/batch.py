@@ -279,10 +279,10 @@ def warm_up(device: torch.device | str = "cpu") -> None:
 
 
 def shape(request: Request) -> Hashable:
-    """What requests of one group have in common: rules, their words and tables, answers, embeddings, who draws."""
+    """What requests of one group have in common: rules, their words and tables, answers, embeddings, ends, who draws."""
     chain = request.chain
     steps = tuple((s.rule.name, *(v for name, v in s.values.items() if not _varies(s, name))) for s in chain.steps)
-    return steps, id(chain.guide), id(chain.weights), request.seed is None
+    return steps, id(chain.guide), id(chain.weights), chain.ends, request.seed is None
 
 
 def joined(chains: Sequence[Chain]) -> Chain:

@@ -548,11 +548,12 @@ def save_custom_generate(folder: str | Path, chain: Chain | str) -> Path:
         The written ``generate.py``.
 
     Raises:
-        DecalError: the chain follows answers or reads other prompts, which are not in its JSON form.
+        DecalError: the chain follows answers, reads other prompts, or has to be told what ends a text: that isn't in its JSON
+            form, but a parameter ``ends=(2, 198)`` is.
     """
     if isinstance(chain, str):
         chain = parse(chain)
-    unfit = chain.needs & {"answers", "prompts"}
+    unfit = chain.needs & {"answers", "prompts", "ends"}
     if unfit:
         raise DecalError(f"{chain} reads {' and '.join(sorted(unfit))}, which a saved chain doesn't carry")
     written = Path(folder) / "custom_generate" / "generate.py"

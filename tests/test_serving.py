@@ -16,7 +16,7 @@ import torch
 from replay import CHAINS, VOCABULARY, law, row
 from tiny import byte_level
 
-from decal import DecalError, ValidSet, parse
+from decal import DecalError, ValidSet, parse, split_temperature
 from decal.serving.batch import Member, grouped, histories, process
 from decal.serving.request import KEYS, MOST_STEPS, NEUTRAL, Request, as_params, beside
 from decal.serving.vllm import _Processor, request_fields
@@ -127,6 +127,20 @@ def random_requests(rng: random.Random, count: int) -> list[Request | None]:
         seed = {"decal_seed": rng.randrange(10)} if rng.random() < 0.5 else {}
         made.append(None if rng.random() < 0.1 else Request.of({"decal": text, **seed}))
     return made
+
+
+def test_requests_whose_texts_end_otherwise_are_apart():
+    z = torch.randn(4, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ends = [(1, 2), (3,), (1, 2), (4, 5, 6)]
+    for told in (True, False):
+        chains = [
+            split_temperature(2.0, 0.5).for_ends(e) if told else split_temperature(2.0 + i, 0.5, e) for i, e in enumerate(ends)
+        ]
+        groups = grouped([Member(Request(chain, None), i) for i, chain in enumerate(chains)])
+        assert sorted(group.rows.tolist() for group in groups) == [[0, 2], [1], [3]]
+        out = process(z.clone(), groups, lambda group: None, lambda group: histories(group, [((), ())] * len(group.rows)))
+        for i, chain in enumerate(chains):
+            torch.testing.assert_close(out[i], chain(z[i : i + 1])[0], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -534,6 +534,10 @@ def test_a_folder_s_code_is_the_same_for_every_chain_but_for_its_json(tmp_path: 
     assert texts[0] == texts[1]
     with pytest.raises(DecalError, match="reads answers, which a saved chain doesn't carry"):
         served.save_custom_generate(tmp_path, "guided(1)")
+    told = decal.split_temperature(2.0, 0.5).for_ends([3])
+    with pytest.raises(DecalError, match="reads ends, which a saved chain doesn't carry"):
+        served.save_custom_generate(tmp_path, told)
+    assert "[3, 4]" in served.save_custom_generate(tmp_path, decal.split_temperature(2.0, 0.5, (3, 4))).read_text()
 
 
 # ---- pipelines
