@@ -217,7 +217,7 @@ def diagnose(out: Path, swept: int | None, **asked: Any) -> None:
 @_puts_tasks
 @click.option("--min-validity", "floor", default=0.8, show_default=True, help="Mean validity in (0, 1] that a chain must have.")
 @click.option("--budget", default=64, show_default=True, type=click.IntRange(4, 4096), help="Settings of every sampler.")
-@click.option("--read-prompts", is_flag=True, help="Try cuts on what all prompts of a task say together, too.")
+@click.option("--read-prompts", is_flag=True, help="Try rules on what all prompts of a task say together, too.")
 @click.option(
     "--promise",
     "over",
@@ -260,7 +260,7 @@ def tune(out: Path, budget: int, read_prompts: bool, over: str, **asked: Any) ->
 @cli.command()
 @_puts_tasks
 @click.option("--budget", default=32, show_default=True, type=click.IntRange(4, 4096), help="Settings of every sampler.")
-@click.option("--read-prompts", is_flag=True, help="Try cuts on what all prompts of a task say together, too.")
+@click.option("--read-prompts", is_flag=True, help="Try rules on what all prompts of a task say together, too.")
 @click.option(
     "--out", default="calibration.json", show_default=True, type=click.Path(path_type=Path), help="The file to write."
 )
