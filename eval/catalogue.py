@@ -175,7 +175,7 @@ def page(rules: Iterable[Rule], rows: Sequence[PlotRow] = (), measured: Mapping[
     intro = (
         f"The {count} decoding rules this version knows, generated from their declarations by `decal rules --page docs`; do "
         "not edit. `help(decal.min_p)` says the same of one rule. Tokens of the same logit are kept or dropped together, so no "
-        "rule depends on the order of the vocabulary; only rules that read tokens so far, or embeddings, tell them apart."
+        "rule depends on the order of the vocabulary; only rules that read tokens so far, embeddings or ends tell them apart."
     )
     lines = ["# Rules", "", intro, ""]
     for title, some in by_title.items():

@@ -796,7 +796,9 @@ def _about_judged(loaded: LoadedModel, judge_name: str, start: float) -> dict[st
 @click.option("--min-validity", "floor", default=0.8, show_default=True, help="Share of valid completions to be reached.")
 @click.option("--drafts", default=50, show_default=True, type=click.IntRange(1), help="Completions to write and judge.")
 @click.option("--each", default=5, show_default=True, type=click.IntRange(1), help="Drafts before the next chain is chosen.")
-@click.option("--also", "others", multiple=True, help="Another way to ask, to be read beside the prompt; may be repeated.")
+@click.option(
+    "--also", "others", multiple=True, help="Another way to ask, to be read beside the prompt; as many as the calibration read."
+)
 @click.option(
     "--out", default="decal-drafts", show_default=True, type=click.Path(path_type=Path), help="Folder of the results."
 )

@@ -79,11 +79,12 @@ class Tried:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was tried, in the order it was, and what was chosen."""
+    """What was tried, in the order it was, what was chosen, and the tokens that ended a draft."""
 
     floor: float
     tried: tuple[Tried, ...]
     chosen: Chosen
+    ends: tuple[int, ...]
 
     @property
     def likely(self) -> bool:
@@ -154,7 +155,7 @@ class _Tuning:
             reason = next(self.judged[text].reason for written in texts.values() for text in written)
             raise DecalError(f"the judge has no verdict on any of {self.plan.drafts} drafts; of the first it says: {reason}")
         tried = tuple(self._tried(chain, written) for chain, written in texts.items())
-        return Tuned(self.search.floor, tried, self.search.best())
+        return Tuned(self.search.floor, tried, self.search.best(), tuple(sorted(self.writer.ends)))
 
     def _tried(self, chain: str, written: Sequence[str]) -> Tried:
         valid = [text for text in written if self.judged[text].valid]
@@ -192,7 +193,14 @@ def write(found: Tuned, about: Mapping[str, Any], folder: Path) -> None:
     """Write `TUNED`."""
     chosen = {**vars(found.chosen), "chain": str(found.chosen.chain)}
     tried = [asdict(one) for one in found.tried]
-    content = {"about": dict(about), "floor": found.floor, "likely": found.likely, "chosen": chosen, "tried": tried}
+    content = {
+        "about": dict(about),
+        "floor": found.floor,
+        "likely": found.likely,
+        "chosen": chosen,
+        "ends": found.ends,
+        "tried": tried,
+    }
     atomic_write(folder / TUNED, json.dumps(content, indent=1, allow_nan=False))
 
 
@@ -217,10 +225,15 @@ def print_table(found: Tuned, console: Any) -> None:
     if silent:
         about += f" The judge had no verdict on {silent} drafts, which are left out."
     if found.likely:
-        said = f"Use {best.chain}. {about} On other prompts its diversity is about {best.diversity:.2f} of what is possible."
+        diverse = f"Going by other prompts, its diversity should be about {best.diversity:.2f} of what is possible."
+        said = f"Use {best.chain}. {about} {diverse}"
     else:
         said = (
             f"No chain of this calibration is likely to reach validity {found.floor:g} on this prompt. The best bet is"
             f" {best.chain}. {about} Ask in another way, judge more drafts, or settle for less validity."
         )
     console.print(f"\n{said}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nIn Python: {best.chain.usage}.", highlight=False, markup=False, soft_wrap=True)
+    if "ends" in best.chain.needs:
+        ends = ", ".join(map(str, found.ends))
+        console.print(f"tokens = [{ends}]  # the model's own and those with a stop text", highlight=False, soft_wrap=True)

@@ -98,12 +98,13 @@ def sentences(run: TuneRun) -> list[str]:
 
 def _usage(chain: str) -> str:
     """How to use a chain in Python."""
-    if "prompts" not in parse(chain).needs:
-        return f'In Python: chain = decal.parse("{chain}"), then model.generate(..., **chain.generate_kwargs()).'
-    return (
-        f'In Python: chain = decal.parse("{chain}").for_prompts(decal.Prompts(model, tokenizer, {{prompt: [others]}})), with '
-        "the prompts of a task as tuning.json has them, then model.generate(..., **chain.generate_kwargs())."
-    )
+    parsed = parse(chain)
+    said = f"In Python: {parsed.usage}."
+    if "prompts" in parsed.needs:
+        said += " The prompts of a task are in tuning.json."
+    if "ends" in parsed.needs:
+        said += " The tokens are those at which an answer of the task ends."
+    return said
 
 
 def _plain(run: TuneRun) -> str:

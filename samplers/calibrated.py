@@ -205,6 +205,8 @@ class Calibration:
     def chain(self, floor: float = 0.8) -> Chain:
         """The chain that was the most diverse where its validity reaches ``floor``, counting 0 where it doesn't.
 
+        It may have to be given other prompts or the tokens that end a text first: its ``usage`` says what.
+
         Raises:
             DecalError: there is none for this floor.
         """
@@ -217,7 +219,7 @@ class Calibration:
 
         Args:
             floor: validity to be reached.
-            prompts: whether among chains that read other prompts too; these want ``for_prompts``.
+            prompts: whether among chains that read other prompts too: as many as in the calibration, two unless asked for more.
 
         Raises:
             DecalError: the file has no such chains, or the floor is out of range.

@@ -145,7 +145,7 @@ class Chain:
         both = {}
         for need, given in GIVEN.items():
             mine, theirs = getattr(self, given.name), getattr(other, given.name)
-            if mine is not None and theirs is not None and mine is not theirs:
+            if mine is not None and theirs is not None and mine is not theirs and (need != "ends" or mine != theirs):
                 raise DecalError(
                     f"{self} and {other} are for different {given.several}; use for_{need} once, on the whole chain"
                 )
@@ -222,10 +222,18 @@ class Chain:
         """
         if "ends" not in self.needs:
             raise DecalError(f"no step of {self} reads the tokens that end a text; split_temperature does")
+        tokens = tokens.tolist() if isinstance(tokens, Tensor) else tokens
         given = list(tokens) if isinstance(tokens, Iterable) and not isinstance(tokens, str) else tokens
         if not isinstance(given, list) or not given:
             raise DecalError(f"for_ends takes token ids such as [2, 198], at least one, got {given!r}")
         return replace(self, ends=tuple(sorted(set(TokensParameter().check("for_ends: tokens", given)))))
+
+    @property
+    def usage(self) -> str:
+        """How to pass it to ``generate``, in Python, with all that it has to be given."""
+        given = "".join(f".{one.how}" for need, one in GIVEN.items() if need in self.needs)
+        stop = "eos_token_id=tokens" if "ends" in self.needs else ""
+        return f'chain = decal.parse("{self}"){given}, then model.generate(..., **chain.generate_kwargs({stop}))'
 
     @property
     def missing(self) -> dict[str, Given]:
@@ -495,6 +503,8 @@ class Chain:
             raise DecalError(
                 f"the answers have the token {self.guide.largest}, the logits {logits.shape[1]} tokens: another tokenizer's?"
             )
+        if self.ends is not None and max(self.ends) >= logits.shape[1]:
+            raise DecalError(f"the text ends with token {max(self.ends)}, the logits have {logits.shape[1]} tokens")
         if self.weights is not None and len(self.weights.head) != logits.shape[1]:
             raise DecalError(f"the model has {len(self.weights.head)} output embeddings, the logits {logits.shape[1]} tokens")
 

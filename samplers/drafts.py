@@ -79,7 +79,7 @@ class Chosen:
         chain: the chain.
         chance: probability that its validity reaches the floor.
         validity: median of its validity.
-        diversity: median of its diversity, going by other prompts; drafts aren't compared with each other.
+        diversity: median of its diversity, going by how it goes with validity elsewhere; drafts aren't compared.
     """
 
     chain: Chain

@@ -301,7 +301,8 @@ class Rule:
         side: where the rule is meant to stand: ``before`` or ``after`` temperature, or ``either``.
         moved: ``moved(t, **values)`` are the values that keep before ``temperature(t)`` what ``values`` keep after it.
         needs: what it reads besides the logits: ``history`` (tokens so far), ``state`` (see `Feedback`), ``chance`` (a coin a
-            step), ``model`` (its embeddings), ``answers`` (the valid ones), ``prompts`` (other ones).
+            step), ``model`` (its embeddings), ``answers`` (the valid ones), ``prompts`` (other ones),
+            ``ends`` (tokens that end a text).
         feedback: its memory, if it has one.
         check: ``check(**values)`` raises DecalError for values that don't go together.
         slow: why it is left out of default comparisons, if it is.

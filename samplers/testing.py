@@ -243,7 +243,7 @@ def is_sane(trial: Trial, z: Tensor) -> None:
 
 def acts_as_its_kind_says(rule: Rule) -> None:
     """A truncation keeps the top together and untouched, a band a stretch of the ranking; a reshaping keeps the support, or
-    just the modes; tokens of equal logit fare alike unless the tokens so far or the embeddings tell them apart. Which tokens a
+    just the modes; tokens of equal logit fare alike unless tokens so far, embeddings or ends tell them apart. Which tokens a
     projection keeps that is told the valid answers, is up to them."""
     for z in [*small_rows(), *_large(rule)]:
         for trial in trials(rule, z):

@@ -211,6 +211,8 @@ def _chain(given: Any) -> Chain:
     if given.per_row is not None:
         raise DecalError(f"lm_eval: all requests have one chain, got a list of {given.per_row} in {given}")
     for need, one in given.missing.items():
+        if need == "ends":
+            raise DecalError(f"lm_eval: {given} reads {one.what}; write their ids into it, such as ends=(2, 198)")
         if need != "model":
             raise DecalError(f"lm_eval: {given} reads {one.what}, which tasks of the harness don't give")
     return given

@@ -456,5 +456,11 @@ def test_tokens_that_end_a_text_must_be_told(model: LlamaForCausalLM) -> None:
         decal.min_p(0.1).for_ends([2])
     off = decal.min_p(0.1) | decal.split_temperature(1.0, 1.0)
     assert off.missing == {}
+    with pytest.raises(DecalError, match="for_ends"):
+        chain.generate_kwargs(eos_token_id=-1)
+    with pytest.raises(DecalError, match="the text ends with token 99, the logits have 5 tokens"):
+        chain.for_ends([2, 99])(torch.zeros(1, 5))
+    assert (chain.for_ends(torch.tensor([2])) | decal.split_temperature(2.0).for_ends([2])).ends == (2,)
+    assert chain.usage.endswith(".for_ends(tokens), then model.generate(..., **chain.generate_kwargs(eos_token_id=tokens))")
     with pytest.raises(DecalError, match="different tokens that end a text; use for_ends once"):
         chain.for_ends([2]) | decal.split_temperature(2.0).for_ends([3])
