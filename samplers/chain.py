@@ -503,7 +503,7 @@ class Chain:
             raise DecalError(
                 f"the answers have the token {self.guide.largest}, the logits {logits.shape[1]} tokens: another tokenizer's?"
             )
-        if self.ends is not None and max(self.ends) >= logits.shape[1]:
+        if self.ends and max(self.ends) >= logits.shape[1]:
             raise DecalError(f"the text ends with token {max(self.ends)}, the logits have {logits.shape[1]} tokens")
         if self.weights is not None and len(self.weights.head) != logits.shape[1]:
             raise DecalError(f"the model has {len(self.weights.head)} output embeddings, the logits {logits.shape[1]} tokens")
