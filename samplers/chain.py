@@ -145,7 +145,7 @@ class Chain:
         both = {}
         for need, given in GIVEN.items():
             mine, theirs = getattr(self, given.name), getattr(other, given.name)
-            if mine is not None and theirs is not None and mine is not theirs and (need != "ends" or mine != theirs):
+            if mine is not None and theirs is not None and mine != theirs:
                 raise DecalError(
                     f"{self} and {other} are for different {given.several}; use for_{need} once, on the whole chain"
                 )

@@ -51,8 +51,9 @@ def generate_kwargs(
         raise DecalError(f"generate_kwargs: {', '.join(beside)} would act beside the chain {chain}; put it into the chain")
     _refuse_deaf(chain, kwargs, direct)
     if "ends" in chain.missing and kwargs.get("eos_token_id") is not None:
-        eos = torch.as_tensor(kwargs["eos_token_id"]).reshape(-1).tolist()
-        chain = chain.for_ends(eos) if min(eos, default=-1) >= 0 else chain  # generate takes -1 for none
+        eos = kwargs["eos_token_id"]
+        tokens = eos.reshape(-1).tolist() if isinstance(eos, Tensor) else eos if isinstance(eos, (list, tuple)) else [eos]
+        chain = chain if tokens == [-1] else chain.for_ends(tokens)  # generate takes -1 for none
     beams = kwargs["num_beams"] = kwargs.get("num_beams") or 1
     if seeds is not None and beams > 1:
         raise DecalError(
