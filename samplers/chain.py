@@ -185,6 +185,7 @@ class Chain:
         *,
         ends: Sequence[str] = ("<eos>",),
         leading_space: bool = False,
+        free_tokens: int = 64,
     ) -> Chain:
         """The chain, with the valid answers that `guided` follows.
 
@@ -192,6 +193,7 @@ class Chain:
             answers: a list of texts, or a `ValidSet` such as ``decal.ValidSet.from_regex("[1-9][0-9]?")``.
             tokenizer: the model's.
             ends, leading_space: what stands behind and before an answer; see `decal.samplers.guided.Guide.of`.
+            free_tokens: how many tokens each text may take that the answers leave to the model.
 
         Raises:
             DecalError: no step follows answers; or as in `Guide.of`.
@@ -201,7 +203,7 @@ class Chain:
         if "answers" not in self.needs:
             raise DecalError(f"no step of {self} follows answers; put guided(...) first")
         if not isinstance(answers, Guide):
-            answers = Guide.of(answers, tokenizer, ends=ends, leading_space=leading_space)
+            answers = Guide.of(answers, tokenizer, ends=ends, leading_space=leading_space, free_tokens=free_tokens)
         return replace(self, guide=answers)
 
     def for_prompts(self, views: Views) -> Chain:

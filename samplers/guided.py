@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from decal.kernels.reference import wide
 from decal.samplers.errors import DecalError
+from decal.samplers.free_text import STAYS, Options
 from decal.samplers.row import Map, Row
 from decal.samplers.rule import Param, rule
-from decal.samplers.token_graph import TokenGraph
+from decal.samplers.token_graph import FREE_TOKENS, TokenGraph
 from decal.samplers.trie import MOST_ANSWERS, Policy, TokenTrie, TrieBuilder
 from decal.samplers.valid_set import ValidSet, refuse_schema
 from decal.samplers.vocabulary import Vocabulary
@@ -34,7 +35,7 @@ class Guide:
 
     trie: TokenTrie | TokenGraph
     stop: tuple[int, ...] = ()
-    _choices: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _choices: dict[int, Options] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -44,6 +45,7 @@ class Guide:
         *,
         ends: Sequence[str] = ("<eos>",),
         leading_space: bool = False,
+        free_tokens: int = FREE_TOKENS,
     ) -> Guide:
         """Of answers in the tokenizer's own spelling, which are to be the whole generated text.
 
@@ -54,6 +56,8 @@ class Guide:
                 nothing, if no answer begins with another. All tokens that begin so share the probability of ending, also those
                 that go on, such as a line break with spaces behind it.
             leading_space: whether a space stands before the answer.
+            free_tokens: how many tokens each text may take that the answers leave to the model
+                (``ValidSet.from_json_schema(..., free=True)``).
 
         Raises:
             DecalError: no tokenizer; the set is empty, or too large to follow; an answer can't be written; or ends can't tell
@@ -72,13 +76,15 @@ class Guide:
         builder = TrieBuilder(lambda text: tokenizer.encode(text, add_special_tokens=False), vocabulary, eos)
         policy = Policy(leading_space=leading_space, ends=tuple(ends))
         trie: TokenTrie | TokenGraph
-        if valid.size <= MOST_ANSWERS:
+        if isinstance(free_tokens, bool) or not isinstance(free_tokens, int) or free_tokens < 1:
+            raise DecalError(f"free_tokens is a whole number of at least 1, got {free_tokens!r}")
+        if valid.size <= MOST_ANSWERS and not valid.free:
             trie, _ = builder.build(valid, policy)
         else:
             special = next((text for text in tokenizer.all_special_tokens if valid.may_contain(text)), None)
             if special is not None:
                 raise DecalError(f"{valid.source}: an answer has {special!r} in it, which is a special token, no text")
-            trie = TokenGraph.of(valid, vocabulary, _encode(tokenizer), builder.ends(policy), leading_space)
+            trie = TokenGraph.of(valid, vocabulary, _encode(tokenizer), builder.ends(policy), leading_space, free_tokens)
         if not (trie.ends or eos):
             raise DecalError("answers without an end need a tokenizer with an end token, which is written behind them")
         return cls(trie, eos)
@@ -92,42 +98,62 @@ class Guide:
     def longest(self) -> int:
         """Tokens of the longest answer, with its end and what stops the text."""
         stops = not self.trie.ends or bool(set(self.trie.ends) - set(self.stop))
-        return max(self.trie.depth) + bool(self.trie.ends) + (stops and bool(self.stop))
+        return self.trie.deepest + bool(self.trie.ends) + (stops and bool(self.stop))
 
-    def choices(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
-        """Every next token of every row that some answer continues with: rows (M,), tokens (M,), answers behind (M,)."""
+    @property
+    def free(self) -> bool:
+        """Whether answers leave some of their text to the model."""
+        return isinstance(self.trie, TokenGraph) and bool(self.trie.passages)
+
+    def choices(self, history: History) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Every next token of every row that some answer continues with: rows (M,), tokens (M,), answers behind (M,), and
+        clusters (M,), see `decal.samplers.free_text.Options`."""
         found = [self._after(text) for _, text in history.split()]
-        rows = torch.tensor([row for row, (tokens, _) in enumerate(found) for _ in range(len(tokens))], dtype=torch.long)
-        return rows, torch.cat([tokens for tokens, _ in found]), torch.cat([behind for _, behind in found])
+        rows = torch.tensor([row for row, options in enumerate(found) for _ in range(len(options.tokens))], dtype=torch.long)
+        tokens, behind, cluster = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return rows, tokens, behind, cluster
 
     def completions(self, history: History, vocabulary: int) -> Tensor:
         """(B, V) how many answers lie behind each next token; the end of an answer is one, shared between the tokens that end
         it. All 0 where the generated text is no beginning of an answer."""
-        counts = torch.zeros(len(history), vocabulary, dtype=wide(history.tokens.device))
-        rows, tokens, behind = self.choices(history)
-        known = tokens < vocabulary
-        counts[rows[known], tokens[known]] = behind[known].to(counts)
-        return counts.to(history.tokens.device)
+        return self.options(history, vocabulary)[..., 0]
 
-    def _after(self, text: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Next tokens and what lies behind each, after generated tokens."""
-        node = 0
+    def options(self, history: History, vocabulary: int) -> Tensor:
+        """(B, V, 2) how many answers lie behind each next token, and its cluster; see `decal.samplers.free_text.Options`."""
+        table = torch.zeros(len(history), vocabulary, 2, dtype=wide(history.tokens.device))
+        rows, tokens, behind, cluster = self.choices(history)
+        known = tokens < vocabulary
+        table[rows[known], tokens[known]] = torch.stack([behind, cluster.to(behind)], -1)[known].to(table)
+        return table.to(history.tokens.device)
+
+    def _after(self, text: Sequence[int]) -> Options:
+        """What may be written after generated tokens."""
+        at: Any = 0  # a node, or a place in a free text
         for place, token in enumerate(text):
-            child = self.trie.children[node].get(token)
-            if child is None:
-                ended = self.trie.answer[node] >= 0 and token in (self.trie.ends or self.stop)
-                stop = self.stop if ended and all(t in self.stop for t in text[place + 1 :]) else ()
-                return torch.tensor(stop, dtype=torch.long), torch.ones(len(stop), dtype=torch.float64)
-            node = child
-        if node not in self._choices:
-            behind = {token: float(self.trie.count[child]) for token, child in self.trie.children[node].items()}
-            ends = self.trie.ends if self.trie.answer[node] >= 0 else ()
+            following = self.trie.follow(at, token)
+            if following is None:
+                done = self.trie.ended(at) and token in (self.trie.ends or self.stop)
+                stop = self.stop if done and all(t in self.stop for t in text[place + 1 :]) else ()
+                return _fixed(dict.fromkeys(stop, 1.0))
+            at = following
+        free: Options | None = self.trie.free(at)
+        if free is not None and not isinstance(at, int):
+            return free
+        if at not in self._choices:
+            behind = {token: float(self.trie.count[child]) for token, child in self.trie.children[at].items()}
+            ends = self.trie.ends if self.trie.ended(at) else ()
             behind |= dict.fromkeys(ends, 1 / max(len(ends), 1))
-            if self.trie.answer[node] >= 0 and not self.trie.ends and not behind:  # the answer counts as it stands
+            if self.trie.ended(at) and not self.trie.ends and not behind:  # the answer counts as it stands
                 behind = dict.fromkeys(self.stop, 1.0)
-            counts = torch.tensor(list(behind.values()), dtype=torch.float64)
-            self._choices[node] = torch.tensor(list(behind), dtype=torch.long), counts
-        return self._choices[node]
+            self._choices[at] = _fixed(behind)
+        known = self._choices[at]
+        return known if free is None else Options(*(torch.cat(parts) for parts in zip(known, free, strict=True)))
+
+
+def _fixed(behind: Mapping[int, float]) -> Options:
+    """Where answers part."""
+    counts = torch.tensor(list(behind.values()), dtype=torch.float64)
+    return Options(torch.tensor(list(behind), dtype=torch.long), counts, torch.zeros(len(behind), dtype=torch.long))
 
 
 def _encode(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
@@ -145,6 +171,31 @@ def _vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     return Vocabulary.of(tokenizer)
 
 
+def _weighed(own: Tensor, behind: Tensor, strength: Tensor) -> Tensor:
+    """Log-probabilities, up to a constant of the row, drawn to the logarithms of how many answers lie behind."""
+    # 0 times -inf is no number: at strength 1 the model has no say.
+    share = torch.where(strength < 1, (1 - strength) * own, 0.0) + strength * behind.log()
+    return torch.where(own.isfinite() & (behind > 0), share, -torch.inf)
+
+
+def _beside_free_text(own: Tensor, behind: Tensor, cluster: Tensor, strength: Tensor) -> Tensor:
+    """The same of one row (W,), where the model has its way within a free text, and with when to end it.
+
+    Tokens that end it in the same way share what they have under the model, as answers part there. All of a free text counts
+    as one token where answers part at whether to begin it.
+    """
+    law = _weighed(own, behind, strength)
+    free = (cluster != 0) & law.isfinite()
+    if not free.any():
+        return law
+    share = own.clone()
+    for number in cluster[free & (cluster != STAYS)].unique():
+        exits = free & (cluster == number)
+        share[exits] = own[exits].logsumexp(0) + law[exits].log_softmax(0)
+    whole = behind[free].max().log() - share[free].logsumexp(0)
+    return torch.where(free, share + strength * whole, law)
+
+
 @rule(slow="no rival of other samplers, as it is told the valid answers", paper="arXiv:2605.11128")
 def guided(row: Row, strength: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep=(0.1, 0.25, 0.5, 0.75, 0.9, 1.0))) -> Map:
     """Keep the tokens that lead to a valid answer, and share the mass between them the more by how many answers they lead to.
@@ -152,9 +203,10 @@ def guided(row: Row, strength: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep
     Maps log p_i to (1 - strength) log p_i + strength ln N_i where N_i > 0, the number of valid answers that begin with the
     tokens so far and i (Definition 3.2); other tokens are dropped. Every answer is valid at any strength above 0; at 1 all
     valid ones are equally probable whatever the model, to the precision of the logits; at 0 the rule is off. The answers are
-    given by ``chain.for_answers``: a list, or a `ValidSet` of a regular expression, a JSON schema or a grammar. Where no valid
-    answer begins with the tokens so far, or earlier steps dropped all that do, the row is left alone: let it be the first step
-    that drops.
+    given by ``chain.for_answers``: a list, or a `ValidSet` of a regular expression, a JSON schema or a grammar. Texts that a
+    schema leaves to the model are written as the model has them, among the tokens that keep the form; N counts them as one.
+    Where no valid answer begins with the tokens so far, or earlier steps dropped all that do, the row is left alone: let it be
+    the first step that drops.
 
     Elsewhere: masks of grammars (llguidance, xgrammar, outlines) keep the same tokens and leave their probabilities as they
     are, which says nothing of how many answers lie behind them.
@@ -162,19 +214,18 @@ def guided(row: Row, strength: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep
     history, guide = row.history, row.guide
 
     def towards_uniform(z: Tensor) -> Tensor:
-        # 0 times -inf is no number: at strength 1 the model has no say.
-        def weighed(own: Tensor, behind: Tensor, s: Tensor) -> Tensor:
-            share = torch.where(s < 1, (1 - s) * own, 0.0) + s * behind.log()
-            return torch.where(own.isfinite() & (behind > 0), share, -torch.inf)
-
-        if row.tokens is None and len(history) == len(z):
+        own = z - row.max
+        if guide.free:
+            behind, cluster = row.per_token(guide.options).to(z).unbind(-1)
+            parts = zip(own, behind, cluster, strength.expand(len(z), 1), strict=True)
+            given = torch.stack([_beside_free_text(*part) for part in parts])
+        elif row.tokens is None and len(history) == len(z):
             # A few tokens of each row matter.
-            rows, tokens, behind = (t.to(z.device) for t in guide.choices(history))
+            rows, tokens, few, _ = (t.to(z.device) for t in guide.choices(history))
             given = torch.full_like(z, -torch.inf)
-            own = z[rows, tokens] - row.max[rows, 0]
-            given[rows, tokens] = weighed(own, behind.to(z), strength.expand(len(z), 1)[rows, 0])
+            given[rows, tokens] = _weighed(own[rows, tokens], few.to(z), strength.expand(len(z), 1)[rows, 0])
         else:
-            given = weighed(z - row.max, row.per_token(guide.completions).to(z), strength)
+            given = _weighed(own, row.per_token(guide.completions).to(z), strength)
         lost = ~given.isfinite().any(-1, keepdim=True)
         return torch.where(lost, z, given)
 

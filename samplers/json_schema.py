@@ -10,11 +10,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
 
 from decal.samplers.errors import DecalError
 from decal.samplers.valid_set import ValidSet, automaton_of, bare, edges_of
+
+if TYPE_CHECKING:
+    from decal.samplers.free_text import FreeText
 
 State = frozenset[int]
 
@@ -47,8 +50,19 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 }
 """What is followed for each type."""
 
+FREE = tuple(map(chr, range(0xE001, 0xE100)))
+"""Stand for texts that are left to the model."""
+WITHIN_QUOTES = r'[^"\\\x00-\x1f]'
+ESCAPES = r'\\["\\bfnrt]'
+"""Characters of a string as JSON writes them."""
+
 FIRST = "\ue000"
 """Stands before the members of an object, and takes away the separator before the first, as if each had one before it."""
+
+WHOLE = {None: "0|-?[1-9][0-9]*", 0: "0|[1-9][0-9]*", 1: "[1-9][0-9]*"}
+"""Whole numbers from a minimum on."""
+
+LEAVE = "; for_answers can leave it to the model (free=True)"
 
 HINTS = {
     "format": "a pattern in its place can say it",
@@ -132,10 +146,13 @@ class Translation:
         separators: what stands between members, and between a name and its value.
         alphabet: characters of strings that only have a length.
         source: for messages.
+        free: whether what has no end is left to the model; it is in ``texts`` then, by the character that stands for it.
     """
 
-    def __init__(self, root: Any, separators: tuple[str, str], alphabet: str, source: str):
-        self.root, self.separators, self.alphabet, self.source = root, separators, alphabet, source
+    def __init__(self, root: Any, separators: tuple[str, str], alphabet: str, source: str, free: bool = False):
+        self.root, self.separators, self.alphabet, self.source, self.free = root, separators, alphabet, source, free
+        self.texts: dict[str, FreeText] = {}
+        self._symbols: dict[tuple[Any, ...], str] = {}
         self._open: list[str] = []  # references on the way to here
 
     def refuse(self, where: str, why: str) -> NoReturn:
@@ -162,7 +179,7 @@ class Translation:
             of_kind = {name: {key: v for key, v in given.items() if key in words} for name, words in KEYWORDS.items()}
             self._known(given, where, {"type"}.union(*(KEYWORDS[kind] for kind in kinds)))
             return any_of([self.pattern({**of_kind[kind], "type": kind}, where) for kind in kinds])
-        if kinds != ["number"]:  # which is refused whatever else is said of it
+        if kinds != ["number"] or self.free:  # which is refused whatever else is said of it
             self._known(given, where, {"type", *KEYWORDS[kinds[0]]})
         return getattr(self, f"_{kinds[0]}")(given, where)
 
@@ -186,6 +203,23 @@ class Translation:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             self.refuse(f"{where}/{key}", f"must be a whole number of at least 0, got {value!r}")
         return value
+
+    def _left(self, where: str, pattern: str, low: int = 0, high: int | None = None, within: str = "") -> str:
+        """The character that stands for a text of this pattern, and of that one if it is given, which is left to the model."""
+        from decal.samplers.free_text import FreeText
+
+        key = (pattern, low, high)
+        if key not in self._symbols:
+            if len(self._symbols) == len(FREE):
+                self.refuse(where, f"more than {len(FREE)} kinds of free texts")
+            fsm = automaton_of(pattern, self.source)
+            if within:
+                fsm = (fsm & automaton_of(within, self.source)).reduce()
+            if fsm.empty():
+                self.refuse(where, f"{pattern!r} matches no text without characters that JSON writes otherwise")
+            self._symbols[key] = FREE[len(self._symbols)]
+            self.texts[self._symbols[key]] = FreeText(fsm, low, high)
+        return self._symbols[key]
 
     # ---- references and alternatives
 
@@ -260,9 +294,10 @@ class Translation:
     def _text(self, value: Any, where: str) -> str:
         try:
             text = json.dumps(value, ensure_ascii=False, separators=self.separators, allow_nan=False)
-            if FIRST not in text:
+            taken = {FIRST, *(FREE if self.free else ())} & set(text)
+            if not taken:
                 return text
-            raise ValueError("U+E000 has a use of its own here")
+            raise ValueError(f"U+{ord(min(taken)):04X} has a use of its own here")
         except (TypeError, ValueError) as error:
             self.refuse(where, f"{value!r} is no value of JSON ({error})")
 
@@ -286,7 +321,9 @@ class Translation:
         return "(?:true|false)"
 
     def _number(self, given: Mapping[str, Any], where: str) -> str:
-        self.refuse(where, "numbers have no end; use an enum, or an integer with a minimum and a maximum")
+        if not self.free:
+            self.refuse(where, f"numbers have no end; use an enum, or an integer with a minimum and a maximum{LEAVE}")
+        return self._left(where, r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
     def _integer(self, given: Mapping[str, Any], where: str) -> str:
         for key in given.keys() - {"type"}:
@@ -294,8 +331,10 @@ class Translation:
                 self.refuse(f"{where}/{key}", f"must be a whole number, got {given[key]!r}")
         lows = [given[key] + extra for key, extra in (("minimum", 0), ("exclusiveMinimum", 1)) if key in given]
         highs = [given[key] - extra for key, extra in (("maximum", 0), ("exclusiveMaximum", 1)) if key in given]
+        if self.free and not highs and max(lows, default=None) in WHOLE:
+            return self._left(where, WHOLE[max(lows, default=None)])
         if not lows or not highs:
-            self.refuse(where, "an integer needs a minimum and a maximum, or it has no end")
+            self.refuse(where, f"an integer needs a minimum and a maximum, or it has no end{LEAVE}")
         if any(abs(bound) > 10**30 for bound in (*lows, *highs)):
             self.refuse(where, "an integer may have 30 digits")
         if max(lows) > min(highs):
@@ -308,11 +347,16 @@ class Translation:
                 if key in given:
                     self.refuse(f"{where}/{key}", "isn't followed beside a pattern; say it there, as ^[a-z]{1,4}$ does")
             return f'"{self._inner(given["pattern"], f"{where}/pattern")}"'
-        low, high = self._size(given, where, "minLength", 0), self._size(given, where, "maxLength", None)
-        if not self.alphabet:
-            self.refuse(where, "of which characters? Give alphabet=, or a pattern")
-        if low > high:
+        low = self._size(given, where, "minLength", 0)
+        if "maxLength" not in given and not self.free:
+            self.refuse(where, f"has no maxLength, so it has no end{LEAVE}")
+        high = self._size(given, where, "maxLength", None) if "maxLength" in given else None
+        if high is not None and low > high:
             self.refuse(where, f"no text has from {low} to {high} characters")
+        if self.free and (high is None or not self.alphabet):
+            return f'"{self._left(where, f"({WITHIN_QUOTES}|{ESCAPES})*", low, high)}"'
+        if high is None or not self.alphabet:
+            self.refuse(where, f"of which characters? Give alphabet=, or a pattern{LEAVE}")
         written = [self._text(letter, where)[1:-1] for letter in dict.fromkeys(self.alphabet)]
         single = "".join(escaped(letter) for letter in written if len(letter) == 1)
         letters = "|".join([*([f"[{single}]"] if single else []), *(escaped(letter) for letter in written if len(letter) > 1)])
@@ -328,7 +372,10 @@ class Translation:
         try:
             inner = ValidSet.from_regex(f"-(?:{pattern[1:-1]})", "")
         except DecalError as error:
-            self.refuse(where, str(error)[2:].replace(f"-(?:{pattern[1:-1]})", pattern))
+            said = str(error)[2:].replace(f"-(?:{pattern[1:-1]})", pattern)
+            if not self.free or said.startswith("can't read"):
+                self.refuse(where, said)
+            return self._left(where, pattern[1:-1], within=f"{WITHIN_QUOTES}*")
         odd = sorted({c for c in inner.characters if c in f'"\\{FIRST}' or ord(c) < 32})
         if odd:
             self.refuse(where, f"may match {odd[0]!r}, which JSON writes otherwise")
@@ -419,15 +466,16 @@ def _values_of(schema: Mapping[str, Any]) -> list[Any] | None:
 
 
 def automaton(
-    schema: Any, separators: tuple[str, str], alphabet: str, source: str
-) -> tuple[State, Callable[[State], dict[str, State]], Callable[[State], bool]]:
-    """First state, edges and final states of the texts that are valid for a schema; see `decal.ValidSet.from_json_schema`."""
+    schema: Any, separators: tuple[str, str], alphabet: str, source: str, free: bool = False
+) -> tuple[State, Callable[[State], dict[str, State]], Callable[[State], bool], dict[str, FreeText]]:
+    """First state, edges, final states and free texts of what is valid for a schema; see `decal.ValidSet.from_json_schema`."""
     if not isinstance(separators, tuple) or [str(one).strip() for one in separators] != [",", ":"]:
         raise DecalError(f"{source}: separators are two texts, a comma and a colon with spaces around them, got {separators!r}")
     if not isinstance(alphabet, str):
         raise DecalError(f"{source}: alphabet is a text of characters, got {alphabet!r}")
+    translation = Translation(schema, separators, alphabet, source, free)
     try:
-        pattern = Translation(schema, separators, alphabet, source).pattern(schema)
+        pattern = translation.pattern(schema)
         parsed = automaton_of(pattern, source)
     except RecursionError:
         raise DecalError(f"{source}: the schema is nested too deep") from None
@@ -451,4 +499,4 @@ def automaton(
                 found.setdefault(character, set()).add(target)
         return {character: frozenset(targets) for character, targets in sorted(found.items())}
 
-    return frozenset({parsed.initial}), after, lambda state: not parsed.finals.isdisjoint(state)
+    return frozenset({parsed.initial}), after, lambda state: not parsed.finals.isdisjoint(state), translation.texts

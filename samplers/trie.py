@@ -72,6 +72,22 @@ class TokenTrie:
             for passed in path:
                 self.count[passed] += weight
 
+    def follow(self, node: int, token: int) -> int | None:
+        """Where a token leads to, or None."""
+        return self.children[node].get(token)
+
+    def ended(self, node: int) -> bool:
+        """Whether an answer ends there."""
+        return self.answer[node] >= 0
+
+    def free(self, node: int) -> None:
+        """What may be written in a free text: a trie has none."""
+
+    @property
+    def deepest(self) -> int:
+        """Tokens of the longest answer, without its end."""
+        return max(self.depth)
+
     def path(self, node: int) -> list[int]:
         """The tokens that lead to ``node``."""
         tokens = []
@@ -115,7 +131,9 @@ class Policy:
 
 
 def check_size(valid: ValidSet) -> None:
-    """Raise DecalError if a valid set has more than `MOST_ANSWERS` answers."""
+    """Raise DecalError if a valid set has more than `MOST_ANSWERS` answers, or some that it doesn't know all of."""
+    if valid.free:
+        raise DecalError(f"{valid.source}: its answers leave text to the model, so they can't be listed")
     if valid.size > MOST_ANSWERS:
         raise DecalError(
             f"{valid.source}: {valid.size} answers; exact evaluation follows each, which stops at {MOST_ANSWERS}; see decal"

@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from decal.samplers.errors import DecalError
+
+if TYPE_CHECKING:
+    from decal.samplers.free_text import FreeText, Place
 
 State = Hashable
 
@@ -23,6 +26,7 @@ class ValidSet:
         edges: ``state -> {character: next state}``.
         final: whether a string that leads to the state is in the set.
         source: what it came from, for messages.
+        free: characters that stand for texts of which the form alone is known, each of which counts as one.
 
     Raises:
         DecalError: the set is empty, infinite, or holds the empty string.
@@ -34,8 +38,9 @@ class ValidSet:
         edges: Callable[[Any], Mapping[str, Any]],
         final: Callable[[Any], bool],
         source: str = "valid set",
+        free: Mapping[str, FreeText] | None = None,
     ):
-        self.start, self.source = start, source
+        self.start, self.source, self.free = start, source, dict(free or {})
         self._edges_of, self._final = edges, final
         self._edges: dict[State, Mapping[str, State]] = {}
         self._counts: dict[State, int] = {}
@@ -102,6 +107,7 @@ class ValidSet:
         *,
         separators: tuple[str, str] = (", ", ": "),
         alphabet: str = "",
+        free: bool = False,
         source: str = "JSON schema",
     ) -> ValidSet:
         """The texts that are valid for a JSON schema, written as ``json.dumps`` writes them.
@@ -116,6 +122,9 @@ class ValidSet:
             schema: a mapping, as `json.loads` gives it, or a model of pydantic.
             separators: between members, and between a name and its value, as in `json.dumps`; a comma and a colon, with spaces.
             alphabet: the characters of strings that have a ``maxLength`` and no ``pattern``.
+            free: leave to the model what has no end, or too many values to count: strings whose pattern matches infinitely
+                many, or that have no ``pattern``, and no ``alphabet`` to write them in; numbers; and integers without a
+                maximum, whose minimum is 0, 1 or none. In counts such a text is one.
 
         Raises:
             DecalError: a keyword that isn't followed, or infinitely many texts; it says where in the schema.
@@ -124,7 +133,8 @@ class ValidSet:
 
         if callable(getattr(schema, "model_json_schema", None)):
             schema = schema.model_json_schema()
-        return cls(*automaton(schema, separators, alphabet, source), source)
+        start, edges, final, texts = automaton(schema, separators, alphabet, source, free)
+        return cls(start, edges, final, source, texts)
 
     @classmethod
     def from_grammar(cls, grammar: str, *, max_length: int, start: str = "start", source: str = "grammar") -> ValidSet:
@@ -190,7 +200,7 @@ class ValidSet:
 
     @property
     def size(self) -> int:
-        """Number of answers, |V|."""
+        """Number of answers, |V|; those that differ only in free texts are one."""
         return self._counts[self.start]
 
     def count(self, state: State) -> int:
@@ -226,7 +236,10 @@ class ValidSet:
         return self._final(state)
 
     def at(self, number: int) -> str:
-        """The answer of that number, from 0, in the order of iteration; by counting, without listing the others."""
+        """The answer of that number, from 0, in the order of iteration; by counting, without listing the others.
+
+        In the place of free texts stands an example of each.
+        """
         if not 0 <= number < self.size:
             raise DecalError(f"{self.source}: answers are numbered from 0 to {self.size - 1}, got {number}")
         state, text = self.start, ""
@@ -237,26 +250,37 @@ class ValidSet:
                 number -= 1
             for character, after in self._edges[state].items():
                 if number < self._counts[after]:
-                    state, text = after, text + character
+                    state, text = after, text + self._written(character)
                     break
                 number -= self._counts[after]
 
+    def _written(self, character: str) -> str:
+        return self.free[character].example if character in self.free else character
+
     def __contains__(self, text: object) -> bool:
-        state = self.start
-        for character in text if isinstance(text, str) else "":
-            if character not in self._edges[state]:
-                return False
-            state = self._edges[state][character]
-        return isinstance(text, str) and self._final(state)
+        if not isinstance(text, str):
+            return False
+        states: set[State] = {self.start}
+        within: set[tuple[str, Place, State]] = set()  # a free text, where in it, and the state behind
+        for character in text:
+            begun = {(c, after) for state in states for c, after in self._edges[state].items() if c in self.free}
+            within |= {(c, self.free[c].start, after) for c, after in begun}
+            states |= {after for c, place, after in within if self.free[c].final(place)}
+            further = ((c, self.free[c].character(place, character), after) for c, place, after in within)
+            within = {(c, place, after) for c, place, after in further if place is not None}
+            known = () if character in self.free else states
+            states = {self._edges[state][character] for state in known if character in self._edges[state]}
+        states |= {after for c, place, after in within if self.free[c].final(place)}
+        return any(map(self._final, states))
 
     def __iter__(self) -> Iterator[str]:
-        """The answers, shorter prefixes first, characters in order of declaration."""
+        """The answers, shorter prefixes first, characters in order of declaration; free texts as in `at`."""
         stack: list[tuple[State, str]] = [(self.start, "")]
         while stack:
             state, text = stack.pop()
             if self._final(state):
                 yield text
-            stack += [(after, text + character) for character, after in reversed(list(self._edges[state].items()))]
+            stack += [(after, text + self._written(c)) for c, after in reversed(list(self._edges[state].items()))]
 
     def __repr__(self) -> str:
         size = self.size if self.size < 10**18 else f"about 1e{int((self.size.bit_length() - 1) * math.log10(2))}"

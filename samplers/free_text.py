@@ -1,0 +1,280 @@
+"""Parts of an answer that are left to the model: which bytes may follow in them, and which tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from decal.samplers.errors import DecalError
+from decal.samplers.vocabulary import Vocabulary
+
+STAYS = -1
+"""The cluster of tokens with which a free text goes on; see `Options`."""
+
+
+class Place(NamedTuple):
+    """Where in a free text one is: a state of its pattern, bytes of a character that isn't complete, and characters so far."""
+
+    state: int
+    pending: bytes = b""
+    size: int = 0
+
+
+class FreeText:
+    """Text of which the form alone is known.
+
+    Args:
+        fsm: the automaton of a pattern, as `decal.samplers.valid_set.automaton_of` gives it. Where ``low`` or ``high`` are
+            given, a character leads from one of its final states to another, in several steps if it is written in several.
+        low, high: characters at least, and at most, or None.
+    """
+
+    def __init__(self, fsm: Any, low: int = 0, high: int | None = None):
+        from interegular.fsm import anything_else
+
+        self.low, self.high, self._finals = low, high, frozenset(fsm.finals)
+        self.start = Place(fsm.initial)
+        symbols = fsm.alphabet.by_transition
+        # Next states by character; None stands for all that the pattern doesn't name.
+        self._targets: dict[int, dict[str | None, int]] = {
+            state: {
+                None if symbol is anything_else else symbol: target
+                for transition, target in further.items()
+                if fsm.islive(target)
+                for symbol in symbols[transition]
+            }
+            for state, further in fsm.map.items()
+        }
+        self._named = {symbol for group in symbols.values() for symbol in group if symbol is not anything_else}
+
+    def character(self, place: Place, character: str) -> Place | None:
+        """The place behind a character, or None if it can't stand there."""
+        targets = self._targets.get(place.state, {})
+        target = targets.get(character if character in self._named else None)
+        return None if target is None else Place(target, b"", place.size + (target in self._finals))
+
+    def after(self, place: Place | None, text: bytes) -> Place | None:
+        """The place behind some bytes, or None if they can't stand there; how many characters there may be isn't looked at."""
+        for byte in text:
+            if place is None:
+                return None
+            place = self._byte(place, byte)
+        return place
+
+    def _byte(self, place: Place, byte: int) -> Place | None:
+        if byte < 128:
+            return None if place.pending else self.character(place, chr(byte))
+        written = place.pending + bytes([byte])
+        try:
+            return self.character(place._replace(pending=b""), written.decode())
+        except UnicodeDecodeError as error:
+            begun = error.reason == "unexpected end of data" and self.beyond_ascii(place.state)
+            return place._replace(pending=written) if begun else None
+
+    def whole(self, place: Place) -> bool:
+        """Whether the form is complete, but for how many characters there are."""
+        return not place.pending and place.state in self._finals
+
+    def final(self, place: Place) -> bool:
+        """Whether the text may end."""
+        return self.whole(place) and self.low <= place.size and (self.high is None or place.size <= self.high)
+
+    def contains(self, text: str) -> bool:
+        """Whether a text is of this form."""
+        place = self.after(self.start, text.encode())
+        return place is not None and self.final(place)
+
+    def beyond_ascii(self, state: int) -> list[int]:
+        """Where characters of several bytes may lead to."""
+        return [target for c, target in self._targets.get(state, {}).items() if c is None or not c.isascii()]
+
+    def edges(self, state: int) -> dict[str | None, int]:
+        """Next states by character; None stands for all that the pattern doesn't name."""
+        return self._targets.get(state, {})
+
+    @property
+    def states(self) -> list[int]:
+        """All there are."""
+        return list({*self._targets, *(target for further in self._targets.values() for target in further.values())})
+
+    @cached_property
+    def example(self) -> str:
+        """One of the shortest."""
+        open_, seen = [(self.start, "")], {self.start}
+        for place, text in open_:  # which grows on the way
+            if self.final(place):
+                return text
+            for character in (*sorted(filter(None, self.edges(place.state))), *(["x"] if "x" not in self._named else [])):
+                target = self.character(place, character)
+                if target is not None and target not in seen:
+                    seen.add(target)
+                    open_.append((target, text + character))
+        raise DecalError("a free text that can't end")
+
+
+class Options(NamedTuple):
+    """What may be written next.
+
+    Attributes:
+        tokens: (M,) token ids.
+        behind: (M,) answers behind each, float64; what is free counts as one.
+        cluster: (M,) 0 where answers part; `STAYS` where a free text goes on; else a number for tokens that end it, each with
+            the same end of the text in it, and with all answers between them.
+    """
+
+    tokens: Tensor
+    behind: Tensor
+    cluster: Tensor
+
+
+@dataclass(frozen=True)
+class _Stays:
+    tokens: Tensor
+    size: Tensor
+    whole: Tensor
+    least: Tensor
+
+
+class FreeTokens:
+    """A free text in the tokens of a vocabulary."""
+
+    def __init__(self, text: FreeText, vocabulary: Vocabulary):
+        self.text, self.vocabulary = text, vocabulary
+        self._stays: dict[Place, _Stays] = {}
+        self._least = self._least_tokens()
+
+    def stays(self, place: Place) -> _Stays:
+        """Tokens that stay within the text: how many characters each completes, whether it leaves none incomplete, and how
+        many tokens it takes at least from there to where the pattern is complete."""
+        place = place._replace(size=0)
+        if place not in self._stays:
+            found: list[tuple[int, Place]] = []
+            stack: list[tuple[Any, Place]] = [(self.vocabulary.root, place)]
+            while stack:
+                (_, further), here = stack.pop()
+                for byte, node in further.items():
+                    target = self.text.after(here, bytes([byte]))
+                    if target is not None:
+                        found += [(token, target) for token in node[0]]
+                        stack.append((node, target))
+            found.sort()
+            self._stays[place] = _Stays(
+                torch.tensor([token for token, _ in found], dtype=torch.long),
+                torch.tensor([target.size for _, target in found], dtype=torch.long),
+                torch.tensor([self.text.whole(target) for _, target in found], dtype=torch.bool),
+                torch.tensor([self._form(target) for _, target in found], dtype=torch.float64),
+            )
+        return self._stays[place]
+
+    def fits(self, place: Place, left: int) -> bool:
+        """Whether so many tokens are enough to end the text from a place on, the one that ends it among them."""
+        size = place.size + (not self.text.whole(place))  # a character that has begun will be one
+        short = self.text.high is None or size <= self.text.high
+        return short and self._form(place) + max(0, self.text.low - size) + 1 <= left
+
+    def allowed(self, place: Place, left: int) -> Tensor:
+        """Tokens that stay within the text, and behind which it `fits`; with so many left before them."""
+        stays = self.stays(place)
+        size = place.size + stays.size + ~stays.whole
+        fits = stays.least + (self.text.low - size).clamp(min=0) + 1 <= left - 1
+        if self.text.high is not None:
+            fits &= size <= self.text.high
+        return stays.tokens[fits]
+
+    def _form(self, place: Place) -> float:
+        """Tokens to where the pattern is complete."""
+        if not place.pending:
+            return self._least.get(place.state, float("inf"))
+        lead = place.pending[0]
+        rest = (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) - len(place.pending)
+        return rest + max(self._least.get(target, float("inf")) for target in self.text.beyond_ascii(place.state))
+
+    def _least_tokens(self) -> dict[int, float]:
+        """Of each state, with a token for every character, or for each of its bytes."""
+        known = set(self.vocabulary.bytes_of.values())
+
+        def price(character: str) -> float:
+            written = character.encode()
+            if written in known:
+                return 1
+            return len(written) if all(bytes([byte]) in known for byte in written) else float("inf")
+
+        named = {c for state in self.text.states for c in self.text.edges(state) if c is not None}
+        prices: dict[str | None, float] = {c: price(c) for c in named}
+        prices[None] = 1 if any(len(text) == 1 and text < b"\x80" and text.decode() not in named for text in known) else 4
+        least = {state: 0.0 for state in self.text.states if self.text.whole(Place(state))}
+        changed = True
+        while changed:
+            changed = False
+            for state in self.text.states:
+                for character, target in self.text.edges(state).items():
+                    cost = prices[character] + least.get(target, float("inf"))
+                    if cost < least.get(state, float("inf")):
+                        least[state], changed = cost, True
+        return least
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A free text on the way through a graph of answers.
+
+    Attributes:
+        free: the text.
+        limit: tokens it may take, with the one that ends it.
+        ends: tokens that end the answer with it; none if the answer goes on.
+        behind: answers behind the text.
+        exits: tokens that end the text and spell on, each with the node behind it; by the end of the text in them.
+        source: for messages.
+    """
+
+    free: FreeTokens
+    limit: int
+    ends: tuple[int, ...]
+    behind: int
+    exits: dict[bytes, dict[int, int]]
+    source: str
+
+    def settle(self, count: Sequence[int]) -> int:
+        """Leave out exits that lead to no answer, or, all together, not to every one; answers behind the text."""
+        for rest, exits in list(self.exits.items()):
+            self.exits[rest] = {token: child for token, child in exits.items() if count[child]}
+            reached = sum(count[child] for child in self.exits[rest].values()) + bool(self.ends and not rest)
+            if reached != self.behind:
+                del self.exits[rest]
+        if b"" not in self.exits:
+            raise DecalError(f"{self.source}: neighbouring tokens don't decide how what follows a free text is written")
+        return self.behind
+
+    def options(self, place: Place, used: int, count: Sequence[int]) -> Options:
+        """What may be written next, behind ``used`` tokens of the text; ``count`` are answers behind nodes."""
+        stays = self.free.allowed(place, self.limit - used)
+        tokens, behind = [stays], [torch.full(stays.shape, float(self.behind), dtype=torch.float64)]
+        cluster = [STAYS] * len(stays)
+        number = 0
+        for rest, exits in self.exits.items():
+            target = self.free.text.after(place, rest)
+            if target is None or not self.free.text.final(target):
+                continue
+            number += 1
+            ends = () if rest else self.ends
+            tokens.append(torch.tensor([*exits, *ends], dtype=torch.long))
+            shares = [float(count[child]) for child in exits.values()] + [1 / len(ends) for _ in ends]
+            behind.append(torch.tensor(shares, dtype=torch.float64))
+            cluster += [number] * len(shares)
+        return Options(torch.cat(tokens), torch.cat(behind), torch.tensor(cluster, dtype=torch.long))
+
+    def follow(self, place: Place, used: int, token: int) -> Place | int | None:
+        """Where a token leads to: a place of the text, a node behind it, or nowhere."""
+        text = self.free.text
+        for rest, exits in self.exits.items():
+            if token in exits:
+                target = text.after(place, rest)
+                if target is not None and text.final(target):
+                    return exits[token]
+        target = text.after(place, self.free.vocabulary.bytes_of.get(token, b"\xff"))
+        return target if target is not None and self.free.fits(target, self.limit - used - 1) else None
