@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -73,11 +74,11 @@ def outcomes(rule: Rule) -> Iterator[tuple[float, bool]]:
         yield 1 - p, False
 
 
-def apply(chain: Chain, z: Tensor, history: History, weights: Weights | None, coin: bool) -> Tensor:
-    """Logits after the chain, with its coin forced and its memory at the start."""
+def apply(chain: Chain, z: Tensor, context: Context) -> Tensor:
+    """Logits after the chain, with its memory at the start."""
     states = {id(s): state for s, state in zip(chain.steps, chain.init(len(z)), strict=True)}
     for one in chain.plan:
-        z = run_pass(one, z, Context(history, weights, coin), states)
+        z = run_pass(one, z, context, states)
     return z
 
 
@@ -86,19 +87,19 @@ def measure(
     case: str,
     logits: Tensor,
     before: Sequence[list[int]],
-    weights: Weights | None = None,
+    known: Context,
     shows: Sequence[tuple[float, bool]] = ((1.0, True),),
 ) -> np.ndarray:
     """Kept sizes, kept masses and entropies, (3, N), of the mixture over what the coin ``shows``."""
     found = []
     for start in range(0, len(logits), CHUNK):
         cold = logits[start : start + CHUNK].double()
-        history = History.of(before[start : start + CHUNK], prompt=0)
+        here = replace(known, history=History.of(before[start : start + CHUNK], prompt=0))
         hot = cold if case == COLD else cold / HOT
         given = cold if case == BEFORE else hot
         mixed, kept = torch.zeros_like(cold), torch.zeros_like(cold)
         for share, coin in shows:
-            after = apply(rule(), given, history, weights, coin) if rule else given
+            after = apply(rule(), given, replace(here, coin=coin)) if rule else given
             kept += share * ~after.isneginf()
             mixed += share * (after / HOT if case == BEFORE else after).softmax(-1)
         size, mass = (kept > 0).sum(-1).double(), (hot.softmax(-1) * kept).sum(-1)
@@ -125,7 +126,8 @@ def measure_model(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     loaded = models.load(name, accept_licence=True)
     logits, before = read(loaded, MODELS[name])
-    weights = Weights.of(loaded.model)
+    ends = [loaded.tokenizer.eos_token_id, *decal.tokens_with(loaded.tokenizer, "\n")]
+    known = Context(weights=Weights.of(loaded.model), ends=tuple(ends))
     results: dict[str, dict[str, Any]] = {}
     notes = []
 
@@ -135,7 +137,7 @@ def measure_model(name: str) -> dict[str, Any]:
         print(f"{name}: {key}, {case}: {time.monotonic() - started:.1f} s", file=sys.stderr)
 
     for case in (COLD, WARM):
-        add("no rule", case, None, case, logits, before)
+        add("no rule", case, None, case, logits, before, known)
     for rule in (r for some in catalogue.groups(decal.RULES.values()).values() for r in some):
         if not catalogue.is_own(rule) or rule.name == "temperature":
             continue
@@ -147,7 +149,7 @@ def measure_model(name: str) -> dict[str, Any]:
         if len(some) < len(logits):
             notes.append(f"`{rule.name}` on {len(some)} of the rows")
         for case in (COLD, WARM, *([BEFORE] if rule.side == "before" else [])):
-            rows = case, logits[some], [before[i] for i in some], weights
+            rows = case, logits[some], [before[i] for i in some], known
             if "chance" in rule.needs:
                 add(f"{rule.name}, its coin fallen", case, rule, *rows)
             add(rule.name, case, rule, *rows, list(outcomes(rule)))

@@ -254,7 +254,7 @@ class Passage:
         """What may be written next, behind ``used`` tokens of the text; ``count`` are answers behind nodes."""
         stays = self.free.allowed(place, self.limit - used)
         tokens, behind = [stays], [torch.full(stays.shape, float(self.behind), dtype=torch.float64)]
-        cluster = [STAYS] * len(stays)
+        cluster = [torch.full_like(stays, STAYS)]
         number = 0
         for rest, exits in self.exits.items():
             target = self.free.text.after(place, rest)
@@ -265,8 +265,8 @@ class Passage:
             tokens.append(torch.tensor([*exits, *ends], dtype=torch.long))
             shares = [float(count[child]) for child in exits.values()] + [1 / len(ends) for _ in ends]
             behind.append(torch.tensor(shares, dtype=torch.float64))
-            cluster += [number] * len(shares)
-        return Options(torch.cat(tokens), torch.cat(behind), torch.tensor(cluster, dtype=torch.long))
+            cluster.append(torch.full_like(tokens[-1], number))
+        return Options(torch.cat(tokens), torch.cat(behind), torch.cat(cluster))
 
     def follow(self, place: Place, used: int, token: int) -> Place | int | None:
         """Where a token leads to: a place of the text, a node behind it, or nowhere."""
