@@ -72,6 +72,7 @@ _tries_a_grid = _options(
         help="The settings to try: quick (every rule), all (slow rules too), paper (arXiv 2605.11128), or a file.",
     ),
     click.option("--floor", default=0.8, show_default=True, help="Validity in (0, 1] at which samplers are compared."),
+    click.option("--smaller", help='A smaller model with the same tokens, for contrast(against="smaller").'),
 )
 
 
@@ -106,6 +107,7 @@ def _ask(
     grid_name: str | None = None,
     drawn: Mapping[str, Any] | None = None,
     floor_name: str = "--floor",
+    smaller: str | None = None,
 ) -> _Asked:
     """Check a request and load the model. The settings are those of a grid, or as many ``drawn`` as `grid.drawn` is told."""
     start = time.monotonic()
@@ -128,13 +130,15 @@ def _ask(
     _check_writable(out)
 
     loaded = models.load(model, device=device, dtype=dtype, accept_licence=accept_licence)
-    evaluation = Evaluation(loaded, settings, seed=seed, cache=cache)
+    other = smaller and models.load(smaller, device=device, dtype=dtype, accept_licence=accept_licence)
+    evaluation = Evaluation(loaded, settings, seed=seed, cache=cache, smaller=other or None)
     for question in questions:
         evaluation.check(question)
     about = {
         "decal": decal.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "note": loaded.note},
+        **({"smaller": {"name": other.name, "fingerprint": other.fingerprint}} if other else {}),
         **(
             {"grid": grid_name}
             if grid_name

@@ -19,7 +19,7 @@ from decal.samplers.chain import Chain
 from decal.samplers.context import Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.trie import TokenTrie, TrieBuilder
-from decal.samplers.views import Views
+from decal.samplers.views import MISSING, Views, kinds
 from decal.samplers.vocabulary import Vocabulary
 
 FLOORS = (0.5, 0.8, 0.9)
@@ -144,6 +144,10 @@ class Evaluation:
         seed: decides the exemplars of few-shot prompts.
         cache: whether logits are kept on disk for the next run.
         report: told about progress.
+        smaller: a smaller model with the same tokenizer, for ``contrast(against="smaller")``.
+
+    Raises:
+        DecalError: a setting reads a smaller model and there is none, or its tokens are others.
     """
 
     def __init__(
@@ -154,18 +158,24 @@ class Evaluation:
         seed: int = 0,
         cache: bool = True,
         report: Report = lambda what, done, total: None,
+        smaller: LoadedModel | None = None,
     ):
         self.model, self.settings, self.seed, self.cache, self.report = model, list(settings), seed, cache, report
         self.chains = [s.chain for s in settings]
         self.groups = group(self.chains)
         self.scales = _oracle_scales(self.chains)
         self.weights = Weights.of(model.model) if any("model" in c.needs for c in self.chains) else None
+        self.smaller = smaller
+        self.reads = {kind for chain in self.chains for kind in kinds(chain)}
+        if "smaller" in self.reads:
+            self._check_smaller()
         self.builder = TrieBuilder(self._encode, Vocabulary.of(model.tokenizer), end_tokens(model))
 
-    @property
-    def reads_prompts(self) -> bool:
-        """Whether some setting reads other prompts."""
-        return any("prompts" in chain.needs for chain in self.chains)
+    def _check_smaller(self) -> None:
+        if self.smaller is None:
+            raise DecalError(f"{MISSING['smaller']}; of commands it is --smaller")
+        if self.smaller.tokenizer.get_vocab() != self.model.tokenizer.get_vocab():
+            raise DecalError(f"{self.smaller.name} has other tokens than {self.model.name}, so they can't be contrasted")
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -175,10 +185,10 @@ class Evaluation:
         """Raise DecalError if a task doesn't fit the model, before anything is computed."""
         self.builder.build(question.valid, question.policy)
         next(iter(question.prompts(self.model.tokenizer, self.seed)))
-        if self.reads_prompts:
+        if self.reads & {"others", "blank"}:
             question.other_prompts(0, self.model.tokenizer, self.seed)
-            if not question.policy.one_path_each:
-                raise DecalError(f"{question.task.name}: other prompts need tokenisation canonical and case exact")
+        if self.reads and not question.policy.one_path_each:
+            raise DecalError(f"{question.task.name}: other prompts need tokenisation canonical and case exact")
 
     def run(self, question: Question, visit: Visit = lambda prompt, trie, rows: None) -> TaskResult:
         """Evaluate every setting and oracle on a task.
@@ -196,10 +206,13 @@ class Evaluation:
             trie, grow = self.builder.build(question.valid, question.policy)
             trie, stored = self._read(question, prompt, trie, grow, f"{what}: reading prefixes")
             others: dict[str, list[Rows]] = {}
-            if self.reads_prompts:
+            if self.reads & {"others", "blank"}:
                 told = question.other_prompts(number - 1, self.model.tokenizer, self.seed)
                 said = f"{what}: reading other prompts"
                 others = {kind: [self._read(question, one, trie, None, said)[1] for one in told[kind]] for kind in told}
+            if self.smaller is not None and "smaller" in self.reads:
+                said = f"{what}: reading with {self.smaller.name}"
+                others["smaller"] = [self._read(question, prompt, trie, None, said, self.smaller)[1]]
             tick = self._ticker(f"{what}: settings", len(trie))
             found.append(self._results(question, prompt, trie, stored, others, tick))
             visit(text, trie, stored)
@@ -216,10 +229,19 @@ class Evaluation:
             bounds=np.stack([one["bound"] for one in found]) if question.policy.one_path_each else None,
         )
 
-    def _read(self, question: Question, prompt: Sequence[int], trie: TokenTrie, grow: Any, what: str) -> tuple[TokenTrie, Rows]:
+    def _read(
+        self,
+        question: Question,
+        prompt: Sequence[int],
+        trie: TokenTrie,
+        grow: Any,
+        what: str,
+        model: LoadedModel | None = None,
+    ) -> tuple[TokenTrie, Rows]:
+        model = model or self.model
         return rows.load_or_compute(
-            self.model.model,
-            self.model.fingerprint,
+            model.model,
+            model.fingerprint,
             prompt,
             trie,
             question.policy,

@@ -14,24 +14,41 @@ from decal.samplers.row import Map, Row
 from decal.samplers.rule import Choice, Param, rule
 
 if TYPE_CHECKING:
+    from decal.samplers.chain import Chain
     from decal.samplers.context import History
 
 Text = tuple[int, ...]
-KINDS = ("others", "blank")
-"""Prompts that ask for the same, and prompts that ask for nothing in particular."""
+KINDS = ("others", "blank", "smaller")
+"""Prompts that ask for the same, prompts that ask for nothing in particular, and the prompt itself for a smaller model."""
 LOWEST = -50.0
 """Log-probabilities below this count as this: a token that one prompt rules out is unlikely, not lost."""
+
+
+MISSING = {
+    "others": "this chain reads other ways to ask, and knows none for a prompt of this batch: Prompts(..., others="
+    "{prompt: [...]}), with the prompt as generate gets it; batches need pad_token_id",
+    "blank": "this chain reads prompts that ask for nothing in particular, and has none: Prompts(..., blank=[...])",
+    "smaller": "this chain reads a smaller model, and has none: Prompts(..., smaller=model)",
+}
+"""What is said where there are none."""
 
 
 class Views(Protocol):
     """Next-token logits behind other prompts."""
 
     def logits(self, kind: str, history: History) -> Tensor:
-        """(B, K, V) where the generated tokens of each row stand behind each of its K other prompts of that kind.
+        """(B, K, V) where the generated tokens of each row stand behind each of its K other prompts of that kind (`KINDS`).
 
         Raises:
             DecalError: there are none.
         """
+
+
+def kinds(chain: Chain) -> set[str]:
+    """Which `KINDS` a chain may read: the one that a parameter names, or both kinds of prompts."""
+    reading = [step for step in chain.steps if "prompts" in step.rule.needs]
+    named = [set(KINDS) & {value for value in step.values.values() if isinstance(value, str)} for step in reading]
+    return {kind for some in named for kind in some or {"others", "blank"}}
 
 
 class NoViews:
@@ -52,6 +69,7 @@ class Prompts:
         tokenizer: its tokenizer.
         others: for each prompt the ways to ask for the same, the same number for all: ``{prompt: [other, ...]}``.
         blank: prompts that ask for nothing in particular, for all requests.
+        smaller: a smaller model with the same tokenizer, which reads the prompts as they are; it costs a row of its own.
 
     Raises:
         DecalError: not of this form, numbers of other prompts differ, or a prompt has no tokens.
@@ -63,14 +81,19 @@ class Prompts:
         tokenizer: Any,
         others: Mapping[str, Sequence[str]] | None = None,
         blank: Sequence[str] = (),
+        smaller: Any = None,
     ):
         others = others or {}
         if not callable(model) or not callable(tokenizer):
             raise DecalError(
                 f"Prompts takes a model and its tokenizer, got {type(model).__name__} and {type(tokenizer).__name__}"
             )
-        if not isinstance(others, Mapping) or not (others or blank):
-            raise DecalError(f"others are {{prompt: [other, ...]}}, and others or blank are needed, got {others!r}")
+        if not isinstance(others, Mapping) or not (others or blank or smaller is not None):
+            raise DecalError(
+                f"others are {{prompt: [other, ...]}}, and others or blank are needed, or a smaller model, got {others!r}"
+            )
+        if smaller is not None and not callable(smaller):
+            raise DecalError(f"smaller is a model, got {type(smaller).__name__}")
         for ways in (list(others), blank, *others.values()):
             if isinstance(ways, str) or not isinstance(ways, Sequence) or not all(isinstance(text, str) for text in ways):
                 raise DecalError(f"prompts are texts, and other prompts lists of texts, got {ways!r}")
@@ -86,29 +109,31 @@ class Prompts:
 
         self.others = {ids(prompt): [ids(way) for way in ways] for prompt, ways in others.items()}
         self.blank = [ids(text) for text in blank]
-        self._readers = {kind: Reader(model) for kind in KINDS}
+        self.smaller = smaller
+        self._readers = {kind: Reader(smaller if kind == "smaller" else model) for kind in KINDS}
 
     @property
     def cost(self) -> str:
         """What a step costs, in words."""
         others = max(map(len, self.others.values()), default=0)
-        return f"at most {others} to ask the same and {len(self.blank)} blank: a row of the model more for each"
+        asked = f"at most {others} to ask the same and {len(self.blank)} blank: a row of the model more for each"
+        return asked if self.smaller is None else f"{asked}; and a row of a smaller model"
 
     def logits(self, kind: str, history: History) -> Tensor:
         """See `Views`."""
         texts = []
         for prompt, generated in history.split():
-            ways = self.blank if kind == "blank" else self.others.get(prompt)
+            ways = self._ways(kind, prompt)
             if not ways:
-                raise DecalError(
-                    "this chain reads prompts that ask for nothing in particular, and has none: Prompts(..., blank=[...])"
-                    if kind == "blank"
-                    else "this chain reads other ways to ask, and knows none for a prompt of this batch: Prompts(..., others="
-                    "{prompt: [...]}), with the prompt as generate gets it; batches need pad_token_id"
-                )
+                raise DecalError(MISSING[kind])
             texts += [(*way, *generated) for way in ways]
         found = self._readers[kind](texts)
         return found.reshape(len(history), len(texts) // len(history), -1)
+
+    def _ways(self, kind: str, prompt: Text) -> Sequence[Text] | None:
+        if kind == "smaller":
+            return [prompt] if self.smaller is not None else None
+        return self.blank if kind == "blank" else self.others.get(prompt)
 
 
 class Reader:
@@ -174,7 +199,8 @@ def _behind(row: Row, kind: str) -> Callable[[Tensor, str], Tensor]:
         def told(history: History, vocabulary: int) -> Tensor:
             logits = views.logits(kind, history)
             if logits.shape[-1] < vocabulary:
-                raise DecalError(f"behind other prompts are logits of {logits.shape[-1]} tokens, here of {vocabulary}")
+                whose = "of the smaller model" if kind == "smaller" else "behind other prompts"
+                raise DecalError(f"{whose} are logits of {logits.shape[-1]} tokens, here of {vocabulary}")
             logp = logits.to(wide(logits.device)).log_softmax(-1)[..., :vocabulary]
             return logp.amin(1) if form == "least" else logp.mean(1)
 
@@ -206,17 +232,25 @@ def ensemble(
 
 
 @rule(paper="arXiv:2104.08315", slow="it reads other prompts")
-def contrast(row: Row, strength: Tensor = Param(0.5, low=0, high=2, off=0.0, sweep=(0.1, 0.2, 0.3, 0.5, 0.75, 1.0))) -> Map:
-    """Lower the tokens that are likely whatever is asked.
+def contrast(
+    row: Row,
+    strength: Tensor = Param(0.5, low=0, high=2, off=0.0, sweep=(0.1, 0.2, 0.3, 0.5, 0.75, 1.0)),
+    against: str = Choice("blank", "smaller"),
+) -> Map:
+    """Lower the tokens that are likely whatever is asked, or that a smaller model finds likely too.
 
     Maps log p_i to log p_i - strength b_i, b_i the mean of log p_i behind prompts that ask for nothing in particular; at
-    strength 1 pointwise mutual information. Cut first: rare tokens gain most. Holtzman et al. 2021.
+    strength 1 pointwise mutual information (Holtzman et al. 2021). Against a smaller model b_i is its log p_i behind the same
+    text: contrastive decoding (Li et al., arXiv 2210.15097), which is ``min_p(0.1) | contrast(1, against="smaller")``. Cut
+    first: rare tokens gain most.
 
     Elsewhere: `guidance_scale` of transformers and vLLM's negative prompts do the same with one prompt, g log p - (g - 1) b.
+    O'Brien and Lewis (arXiv 2309.09117) write (1 + beta) log p - beta b: strength beta / (1 + beta), and a temperature of
+    1 / (1 + beta) behind it.
     """
-    behind = _behind(row, "blank")
+    behind = _behind(row, against)
 
-    def against(z: Tensor) -> Tensor:
+    def lowered(z: Tensor) -> Tensor:
         return torch.where(z.isfinite(), z - strength * behind(z, "mean"), -torch.inf)
 
-    return Map(against, monotone=False)
+    return Map(lowered, monotone=False)

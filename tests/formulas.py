@@ -764,8 +764,8 @@ def ensemble(z: Row, weight: float, form: str, others: Sequence[Row]) -> Answer:
     return Answer(log_probabilities(log_q), np.zeros(len(z), bool))
 
 
-def contrast(z: Row, strength: float, others: Sequence[Row]) -> Answer:
-    """log p less a share of what blank prompts say on average, none less than -50."""
+def contrast(z: Row, strength: float, against: str, others: Sequence[Row]) -> Answer:
+    """log p less a share of what blank prompts, or a smaller model, say on average, none less than -50."""
     blank = np.maximum(np.mean([log_probabilities(other) for other in others], 0), -50)
     return Answer(log_probabilities(np.where(np.isfinite(z), z - strength * blank, -np.inf)), np.zeros(len(z), bool))
 

@@ -16,7 +16,7 @@ from decal.eval.models import LoadedModel
 from decal.eval.task import Answers, Question, Task
 from decal.samplers.chain import notes
 from decal.samplers.valid_set import ValidSet
-from decal.samplers.views import Reader
+from decal.samplers.views import Reader, kinds
 
 TOKENIZER = tiny.byte_level(["red green blue", "Random colour:", "Any colour at all:", "Answer:"], merges=20)
 PROMPTS = {
@@ -61,6 +61,30 @@ def test_the_reader_reads_once_what_is_asked_twice():
     for _ in range(3):
         reader([(1, 2), (3,)])
     assert len(calls) == 1
+
+
+def test_contrast_against_a_smaller_model_in_generate():
+    """Scores of every step, against forward passes of both models; several models' caches don't mix."""
+    made, small = model(), tiny.llama(len(TOKENIZER), seed=3, dtype=torch.float32)
+    views = Prompts(made, TOKENIZER, PROMPTS, smaller=small)
+    chain = (ensemble(0.4) | contrast(0.7, against="smaller")).for_prompts(views)
+    assert "a row of a smaller model" in "".join(notes(chain))
+    assert kinds(chain) == {"others", "blank", "smaller"}
+    assert kinds(contrast(0.7, against="smaller") | temperature(2)) == {"smaller"}
+    inputs = TOKENIZER(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
+    torch.manual_seed(1)
+    out = made.generate(
+        **inputs, max_new_tokens=5, return_dict_in_generate=True, output_scores=True,
+        **chain.generate_kwargs(pad_token_id=TOKENIZER.pad_token_id),
+    )  # fmt: skip
+    width = inputs["input_ids"].shape[1]
+    for row, (prompt, ways) in enumerate(PROMPTS.items()):
+        for step, scores in enumerate(out.scores):
+            generated = out.sequences[row, width : width + step].tolist()
+            own, *others = (behind(made, TOKENIZER.encode(text) + generated) for text in (prompt, *ways))
+            wanted = 0.6 * own + 0.4 * np.mean(others, 0) - 0.7 * behind(small, TOKENIZER.encode(prompt) + generated)
+            got = scores[row].double().numpy()
+            np.testing.assert_allclose(got - got.max(), wanted - wanted.max(), atol=5e-4)
 
 
 @pytest.mark.parametrize("form", ["mean", "least"])
@@ -168,6 +192,14 @@ def test_what_goes_wrong_is_said():
         ensemble().for_prompts(views)(torch.zeros(1, len(TOKENIZER)), history=decal.History.of([[5, 6]], prompt=2))
     with pytest.raises(DecalError, match="nothing in particular"):
         contrast().for_prompts(views)(torch.zeros(1, len(TOKENIZER)), history=decal.History.of([[5, 6]], prompt=2))
+    against = contrast(against="smaller")
+    with pytest.raises(DecalError, match="reads a smaller model, and has none"):
+        against.for_prompts(views)(torch.zeros(1, len(TOKENIZER)), history=decal.History.of([[5, 6]], prompt=2))
+    with pytest.raises(DecalError, match="smaller is a model, got str"):
+        Prompts(made, TOKENIZER, smaller="gpt2")
+    few = against.for_prompts(Prompts(made, TOKENIZER, smaller=tiny.llama(30)))
+    with pytest.raises(DecalError, match="of the smaller model are logits of 30 tokens"):
+        few(torch.zeros(1, len(TOKENIZER)), history=decal.History.of([[5, 6]], prompt=2))
     others = [ensemble().for_prompts(Prompts(made, TOKENIZER, {"a": ["b"]})) for _ in range(2)]
     with pytest.raises(DecalError, match="different prompts; use for_prompts once"):
         others[0] | others[1]
@@ -213,3 +245,37 @@ def test_the_evaluator_reads_the_other_prompts_of_a_task(tmp_path, monkeypatch):
     alone = Question(task.model_copy(update={"draws": 1}), question.valid)
     with pytest.raises(DecalError, match="one prompt only"):
         evaluation.check(alone)
+
+
+def test_the_evaluator_reads_a_smaller_model(tmp_path, monkeypatch):
+    """Probability of every answer, against plain forward passes of both models, with one prompt and no other."""
+    monkeypatch.setenv("DECAL_CACHE", str(tmp_path))
+    names = ["ab", "abc", "b"]
+    question = Question(Task(name="t", label="x:", answers=Answers(list=names), shots=2, draws=1), ValidSet.from_list(names))
+    tokenizer = tiny.byte_level()
+    made, small = tiny.llama(len(tokenizer)), tiny.llama(len(tokenizer), seed=5)
+    settings = [Setting("f", decal.parse('contrast(0.6, against="smaller")'))]
+    loaded, smaller = (LoadedModel(m, tokenizer, name, name) for m, name in ((made, "tiny"), (small, "tinier")))
+    evaluation = Evaluation(loaded, settings, smaller=smaller)
+    evaluation.check(question)
+    result = evaluation.run(question)
+    ((_, prompt),) = question.prompts(tokenizer, 0)
+    trie, _ = evaluation.builder.build(question.valid, question.policy)
+    law = {}
+    for node in range(len(trie)):
+        text = list(prompt) + trie.path(node)
+        law[node] = tiny.softmax(behind(made, text) - 0.6 * behind(small, text))
+    mass = 0.0
+    for node, answer in enumerate(trie.answer):
+        if answer >= 0:
+            here, p = node, law[node][list(trie.ends)].sum()
+            while here:
+                p *= law[trie.parent[here]][trie.token[here]]
+                here = trie.parent[here]
+            mass += p
+    assert result.validity[0, 0] == pytest.approx(mass, rel=1e-6)
+    np.testing.assert_array_equal(evaluation.run(question).validity, result.validity)
+    with pytest.raises(DecalError, match="of commands it is --smaller"):
+        Evaluation(loaded, settings)
+    with pytest.raises(DecalError, match="tinier has other tokens than tiny"):
+        Evaluation(loaded, settings, smaller=LoadedModel(small, TOKENIZER, "tinier", "g"))
