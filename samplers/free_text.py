@@ -171,6 +171,11 @@ class FreeTokens:
             )
         return self._stays[place]
 
+    @cached_property
+    def tokens(self) -> set[int]:
+        """All that may stand within the text."""
+        return {token for state in self.text.states for token in self.stays(Place(state)).tokens.tolist()}
+
     def fits(self, place: Place, left: int) -> bool:
         """Whether so many tokens are enough to end the text from a place on, the one that ends it among them."""
         size = place.size + (not self.text.whole(place))  # a character that has begun will be one

@@ -72,7 +72,7 @@ class TokenGraph:
         found = {token for children in self.children for token in children}
         for passage in self.passages.values():
             found |= {token for exits in passage.exits.values() for token in exits}
-            found |= set(passage.free.stays(passage.free.text.start).tokens.tolist())
+            found |= passage.free.tokens
         return found
 
     @property
@@ -323,7 +323,7 @@ class _Passages:
         ends = self._ends if self._valid.final(after) else ()
         if self._valid.final(after) and not ends:
             raise DecalError(f"{self._valid.source}: an answer that a free text ends needs ends, or it is never done")
-        both = set(ends) & set(free.stays(text.start).tokens.tolist())
+        both = set(ends) & free.tokens
         if both:
             raise DecalError(f"{self._valid.source}: the token {min(both)} ends an answer, but a free text may contain it")
         exits = {
