@@ -114,6 +114,7 @@ def _ask(
     from decal.eval import grid, models, task
     from decal.eval.frontier import Evaluation
     from decal.samplers.trie import check_size
+    from decal.samplers.views import kinds
 
     # Everything that can be wrong with the request is found before the model is loaded.
     if not 0 < floor <= 1:
@@ -121,6 +122,12 @@ def _ask(
     if seed < 0:
         raise DecalError(f"--seed must be at least 0, got {seed}")
     settings = grid.load(grid_name) if grid_name else grid.drawn(seed=seed, **(drawn or {}))
+    if any("smaller" in kinds(setting.chain) for setting in settings) != (smaller is not None):
+        raise DecalError(
+            'no setting reads a smaller model; in a --grid file contrast(0.5, against="smaller") does'
+            if smaller
+            else "some setting of the grid reads a smaller model; say which with --smaller"
+        )
     questions = [task.load(name, form=form, draws=draws) for name in tasks or task.DEFAULT_TASKS]
     for question in questions:
         check_size(question.valid)
@@ -130,8 +137,8 @@ def _ask(
     _check_writable(out)
 
     loaded = models.load(model, device=device, dtype=dtype, accept_licence=accept_licence)
-    other = smaller and models.load(smaller, device=device, dtype=dtype, accept_licence=accept_licence)
-    evaluation = Evaluation(loaded, settings, seed=seed, cache=cache, smaller=other or None)
+    other = models.load(smaller, device=device, dtype=dtype, accept_licence=accept_licence) if smaller else None
+    evaluation = Evaluation(loaded, settings, seed=seed, cache=cache, smaller=other)
     for question in questions:
         evaluation.check(question)
     about = {

@@ -19,7 +19,7 @@ from decal.samplers.chain import Chain
 from decal.samplers.context import Weights
 from decal.samplers.errors import DecalError
 from decal.samplers.trie import TokenTrie, TrieBuilder
-from decal.samplers.views import MISSING, Views, kinds
+from decal.samplers.views import Views, kinds
 from decal.samplers.vocabulary import Vocabulary
 
 FLOORS = (0.5, 0.8, 0.9)
@@ -173,7 +173,7 @@ class Evaluation:
 
     def _check_smaller(self) -> None:
         if self.smaller is None:
-            raise DecalError(f"{MISSING['smaller']}; of commands it is --smaller")
+            raise DecalError("some setting reads a smaller model: Evaluation(..., smaller=model)")
         if self.smaller.tokenizer.get_vocab() != self.model.tokenizer.get_vocab():
             raise DecalError(f"{self.smaller.name} has other tokens than {self.model.name}, so they can't be contrasted")
 

@@ -397,6 +397,19 @@ def test_a_bad_line_of_a_grid(run: Run, model: Path, grid: Path, tmp_path: Path)
     assert_left_alone(tmp_path / "out")
 
 
+def test_a_smaller_model(run: Run, model: Path, parts: Path, grid: Path, tmp_path: Path) -> None:
+    """The model itself is one: at strength 1 nothing is left of what it prefers."""
+    grid.write_text('temperature(2)\ncontrast(1, against="smaller")\n')
+    asked = "frontier", "--model", model, "--task", parts, "--grid", grid, "--out", tmp_path / "out"
+    result = run(*asked, "--smaller", model)
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["smaller"]["fingerprint"] == found["model"]["fingerprint"]
+    assert_refused(run(*asked), "some setting of the grid reads a smaller model; say which with --smaller")
+    grid.write_text("temperature(2)\n")
+    assert_refused(run(*asked, "--smaller", model), "no setting reads a smaller model; in a --grid file")
+
+
 def test_a_tokenizer_that_can_not_write_the_answers(run: Run, model: Path, grid: Path, tmp_path: Path) -> None:
     from tokenizers import normalizers
     from transformers import AutoModelForCausalLM, AutoTokenizer

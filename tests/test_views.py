@@ -275,7 +275,7 @@ def test_the_evaluator_reads_a_smaller_model(tmp_path, monkeypatch):
             mass += p
     assert result.validity[0, 0] == pytest.approx(mass, rel=1e-6)
     np.testing.assert_array_equal(evaluation.run(question).validity, result.validity)
-    with pytest.raises(DecalError, match="of commands it is --smaller"):
+    with pytest.raises(DecalError, match="some setting reads a smaller model"):
         Evaluation(loaded, settings)
     with pytest.raises(DecalError, match="tinier has other tokens than tiny"):
         Evaluation(loaded, settings, smaller=LoadedModel(small, TOKENIZER, "tinier", "g"))
