@@ -125,7 +125,7 @@ class TokenGraph:
             if looks > MOST_LOOKS:
                 raise DecalError(
                     f"{valid.source}: too many tokens may follow each other in its answers ({MOST_LOOKS} were looked at), as in"
-                    " free text such as [a-z]{5}; say which values there are, allow fewer characters, or leave a string of a JSON"
+                    " free text such as [a-z]{5}; say which values there are, allow fewer characters, or leave a string of a"
                     " schema to the model: free=True, and a pattern without an end, such as ^[a-z]+$"
                 )
             passage = None if state is _Steps.SPACE else passages.at(state)
