@@ -125,7 +125,7 @@ def _ask(
     if any("smaller" in kinds(setting.chain) for setting in settings) != (smaller is not None):
         raise DecalError(
             'no setting reads a smaller model; in a --grid file contrast(0.5, against="smaller") does'
-            if smaller
+            if smaller is not None
             else "some setting of the grid reads a smaller model; say which with --smaller"
         )
     questions = [task.load(name, form=form, draws=draws) for name in tasks or task.DEFAULT_TASKS]
@@ -136,8 +136,10 @@ def _ask(
         raise DecalError(f"every task needs a name of its own, got {', '.join(names)}")
     _check_writable(out)
 
+    other = None
+    if smaller is not None:  # first, as it is loaded faster
+        other = models.load(smaller, device=device, dtype=dtype, accept_licence=accept_licence)
     loaded = models.load(model, device=device, dtype=dtype, accept_licence=accept_licence)
-    other = models.load(smaller, device=device, dtype=dtype, accept_licence=accept_licence) if smaller else None
     evaluation = Evaluation(loaded, settings, seed=seed, cache=cache, smaller=other)
     for question in questions:
         evaluation.check(question)

@@ -171,10 +171,15 @@ class FreeTokens:
             )
         return self._stays[place]
 
-    @cached_property
-    def tokens(self) -> set[int]:
-        """All that may stand within the text."""
-        return {token for state in self.text.states for token in self.stays(Place(state)).tokens.tolist()}
+    def may_hold(self, token: int) -> bool:
+        """Whether a token may stand within the text."""
+        written = self.vocabulary.bytes_of.get(token)
+        return written is not None and any(self.text.after(Place(state), written) for state in self.text.states)
+
+    @property
+    def shortest(self) -> float:
+        """Tokens it takes at least, with the one that ends it."""
+        return self._form(self.text.start) + max(0, self.text.low - (not self.text.whole(self.text.start))) + 1
 
     def fits(self, place: Place, left: int) -> bool:
         """Whether so many tokens are enough to end the text from a place on, the one that ends it among them."""

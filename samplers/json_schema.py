@@ -59,12 +59,19 @@ ESCAPES = r'\\["\\bfnrt]'
 FIRST = "\ue000"
 """Stands before the members of an object, and takes away the separator before the first, as if each had one before it."""
 
-WHOLE = {None: "0|-?[1-9][0-9]*", 0: "0|[1-9][0-9]*", 1: "[1-9][0-9]*"}
-"""Whole numbers from a minimum on."""
+SPACES = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+"""Beyond ASCII, where readers of patterns disagree on what is a space."""
 
-LEAVE = "; for_answers can leave it to the model (free=True)"
+NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?"
+"""As JSON writes them, but for exponents that float64 has none of."""
+
+LEAVE = "; from_json_schema(..., free=True) leaves it to the model"
+
+MOST_COUNTED, FEW_CHARACTERS = 10_000, 16
+"""Where texts may be left to the model, those of a pattern are counted if they are so few, or made of so few characters."""
 
 HINTS = {
+    "patternProperties": "names of members must be known: say them in properties",
     "format": "a pattern in its place can say it",
     "uniqueItems": "list the arrays in an enum",
     "multipleOf": "list the numbers in an enum",
@@ -105,6 +112,24 @@ def integers(low: int, high: int) -> str:
         start, stop = max(low, 10 ** (size - 1) if size > 1 else 0), min(high, 10**size - 1)
         found.append(_digits(str(start), str(stop)))
     return any_of(found)
+
+
+def at_least(low: int) -> str:
+    """A regular expression of the whole numbers from ``low`` on."""
+    if low <= 0:
+        return f"{integers(low, 0)}|[1-9][0-9]*"
+    size = len(str(low))
+    return f"{integers(low, 10**size - 1)}|[1-9][0-9]{{{size},}}"
+
+
+def at_most(high: int) -> str:
+    """A regular expression of the whole numbers up to ``high``."""
+    return f"-(?:{at_least(-high)})" if high < 0 else f"-[1-9][0-9]*|{integers(0, high)}"
+
+
+def _many(texts: ValidSet) -> bool:
+    """Whether texts are better left to the model than counted; of their characters the sign in front is one."""
+    return texts.size > MOST_COUNTED and len(texts.characters) > FEW_CHARACTERS + 1
 
 
 def _digits(low: str, high: str) -> str:
@@ -179,6 +204,9 @@ class Translation:
             of_kind = {name: {key: v for key, v in given.items() if key in words} for name, words in KEYWORDS.items()}
             self._known(given, where, {"type"}.union(*(KEYWORDS[kind] for kind in kinds)))
             return any_of([self.pattern({**of_kind[kind], "type": kind}, where) for kind in kinds])
+        bounds = [key for key in KEYWORDS["integer"] if key in given]
+        if kinds == ["number"] and self.free and bounds:
+            self.refuse(f"{where}/{bounds[0]}", "isn't followed with numbers; integers have bounds, an enum has values")
         if kinds != ["number"] or self.free:  # which is refused whatever else is said of it
             self._known(given, where, {"type", *KEYWORDS[kinds[0]]})
         return getattr(self, f"_{kinds[0]}")(given, where)
@@ -192,8 +220,8 @@ class Translation:
     def _known(self, given: Mapping[str, Any], where: str, allowed: set[str]) -> None:
         for key in given:
             if key not in allowed:
-                near = difflib.get_close_matches(key, allowed, n=1)
-                hint = f"did you mean {near[0]}?" if near else HINTS.get(key, f"{', '.join(sorted(allowed))} would be")
+                near = [f"did you mean {one}?" for one in difflib.get_close_matches(key, allowed, n=1)]
+                hint = HINTS.get(key) or next(iter(near), f"{', '.join(sorted(allowed))} would be")
                 self.refuse(f"{where}/{key}", f"isn't followed here; {hint}")
 
     def _size(self, given: Mapping[str, Any], where: str, key: str, default: int | None) -> int:
@@ -208,7 +236,7 @@ class Translation:
         """The character that stands for a text of this pattern, and of that one if it is given, which is left to the model."""
         from decal.samplers.free_text import FreeText
 
-        key = (pattern, low, high)
+        key = (pattern, low, high, within)
         if key not in self._symbols:
             if len(self._symbols) == len(FREE):
                 self.refuse(where, f"more than {len(FREE)} kinds of free texts")
@@ -323,7 +351,7 @@ class Translation:
     def _number(self, given: Mapping[str, Any], where: str) -> str:
         if not self.free:
             self.refuse(where, f"numbers have no end; use an enum, or an integer with a minimum and a maximum{LEAVE}")
-        return self._left(where, r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+        return self._left(where, NUMBER)
 
     def _integer(self, given: Mapping[str, Any], where: str) -> str:
         for key in given.keys() - {"type"}:
@@ -331,12 +359,14 @@ class Translation:
                 self.refuse(f"{where}/{key}", f"must be a whole number, got {given[key]!r}")
         lows = [given[key] + extra for key, extra in (("minimum", 0), ("exclusiveMinimum", 1)) if key in given]
         highs = [given[key] - extra for key, extra in (("maximum", 0), ("exclusiveMaximum", 1)) if key in given]
-        if self.free and not highs and max(lows, default=None) in WHOLE:
-            return self._left(where, WHOLE[max(lows, default=None)])
-        if not lows or not highs:
+        if not (self.free or (lows and highs)):
             self.refuse(where, f"an integer needs a minimum and a maximum, or it has no end{LEAVE}")
         if any(abs(bound) > 10**30 for bound in (*lows, *highs)):
             self.refuse(where, "an integer may have 30 digits")
+        if not highs:
+            return self._left(where, at_least(max(lows)) if lows else "0|-?[1-9][0-9]*")
+        if not lows:
+            return self._left(where, at_most(min(highs)))
         if max(lows) > min(highs):
             self.refuse(where, f"no whole number is from {max(lows)} to {min(highs)}")
         return integers(max(lows), min(highs))
@@ -344,9 +374,9 @@ class Translation:
     def _string(self, given: Mapping[str, Any], where: str) -> str:
         if "pattern" in given:
             for key in ("minLength", "maxLength"):
-                if key in given:
+                if key in given and not self.free:
                     self.refuse(f"{where}/{key}", "isn't followed beside a pattern; say it there, as ^[a-z]{1,4}$ does")
-            return f'"{self._inner(given["pattern"], f"{where}/pattern")}"'
+            return f'"{self._inner(given, f"{where}/pattern")}"'
         low = self._size(given, where, "minLength", 0)
         if "maxLength" not in given and not self.free:
             self.refuse(where, f"has no maxLength, so it has no end{LEAVE}")
@@ -362,24 +392,42 @@ class Translation:
         letters = "|".join([*([f"[{single}]"] if single else []), *(escaped(letter) for letter in written if len(letter) > 1)])
         return f'"(?:{letters}){{{low},{high}}}"'
 
-    def _inner(self, pattern: Any, where: str) -> str:
+    def _inner(self, given: Mapping[str, Any], where: str) -> str:
+        pattern = given["pattern"]
         if not isinstance(pattern, str) or not _anchored(pattern):
             self.refuse(
                 where,
                 f"must begin with ^ and end with $, and have | in brackets only, or others may stand around, got {pattern!r}",
             )
+        try:
+            automaton_of(pattern[1:-1], "")
+        except DecalError as error:
+            self.refuse(where, str(error)[2:].replace(repr(pattern[1:-1]), repr(pattern)))
         # The sign in front is for those that match nothing at all.
         try:
             inner = ValidSet.from_regex(f"-(?:{pattern[1:-1]})", "")
         except DecalError as error:
-            said = str(error)[2:].replace(f"-(?:{pattern[1:-1]})", pattern)
-            if not self.free or said.startswith("can't read"):
-                self.refuse(where, said)
-            return self._left(where, pattern[1:-1], within=f"{WITHIN_QUOTES}*")
+            if not self.free:
+                self.refuse(where, str(error)[2:].replace(f"-(?:{pattern[1:-1]})", pattern))
+            inner = None
+        if self.free and (inner is None or "minLength" in given or "maxLength" in given or _many(inner)):
+            return self._pattern_left(given, where)
+        assert inner is not None
         odd = sorted({c for c in inner.characters if c in f'"\\{FIRST}' or ord(c) < 32})
         if odd:
             self.refuse(where, f"may match {odd[0]!r}, which JSON writes otherwise")
         return f"(?:{pattern[1:-1]})"
+
+    def _pattern_left(self, given: Mapping[str, Any], where: str) -> str:
+        """The character that stands for a text of a pattern, without what JSON writes otherwise or is read in two ways."""
+        above = where.removesuffix("/pattern")
+        low = self._size(given, above, "minLength", 0)
+        high = self._size(given, above, "maxLength", None) if "maxLength" in given else ""
+        pattern = given["pattern"][1:-1]
+        character = r"[ !#-\[\]-~]" if re.search(r"\\[WD]", pattern) else WITHIN_QUOTES
+        if re.search(r"\\[sS]", pattern):
+            character = character.replace("[^", f"[^{SPACES}")
+        return self._left(where, pattern, within=f"{character}{{{low},{high}}}")
 
     def _array(self, given: Mapping[str, Any], where: str) -> str:
         first = given.get("prefixItems", [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from decal.samplers.errors import DecalError
 from decal.samplers.free_text import FreeTokens, Options, Passage, Place
@@ -68,11 +68,10 @@ class TokenGraph:
 
     @property
     def token(self) -> set[int]:
-        """The tokens of answers."""
+        """The tokens of answers, but for those within free texts."""
         found = {token for children in self.children for token in children}
         for passage in self.passages.values():
             found |= {token for exits in passage.exits.values() for token in exits}
-            found |= passage.free.tokens
         return found
 
     @property
@@ -314,24 +313,29 @@ class _Passages:
         free = self._tokens[symbol]
         text, beside = free.text, set(self._valid.edges(state)) - {symbol}
         if len(symbols) > 1 or any(text.character(text.start, c) for c in beside) or (beside and text.final(text.start)):
-            raise DecalError(f"{self._valid.source}: a free text can't be told from what may stand in its place")
+            self._refuse(state, "a free text can't be told from what else may stand there, as both may begin alike")
         behind = self._valid.edges(after)
         ways = [Place(place) for place in text.states if text.whole(Place(place))]
         if behind.keys() & self._valid.free.keys() or any(text.character(place, c) for place in ways for c in behind):
-            raise DecalError(f"{self._valid.source}: a free text can't be told from what follows it")
+            self._refuse(state, "a free text can't be told from what follows it")
         if not free.fits(text.start, self._limit):
-            raise DecalError(f"{self._valid.source}: a free text takes more than free_tokens={self._limit} tokens")
+            self._refuse(state, f"a free text takes {free.shortest:.0f} tokens at least, more than free_tokens={self._limit}")
         ends = self._ends if self._valid.final(after) else ()
         if self._valid.final(after) and not ends:
-            raise DecalError(f"{self._valid.source}: an answer that a free text ends needs ends, or it is never done")
-        both = set(ends) & free.tokens
+            self._refuse(state, "an answer that a free text ends needs ends, or it is never done")
+        both = [token for token in ends if free.may_hold(token)]
         if both:
-            raise DecalError(f"{self._valid.source}: the token {min(both)} ends an answer, but a free text may contain it")
+            end = self._steps.vocabulary.bytes_of[both[0]].decode(errors="replace")
+            self._refuse(state, f"the token {end!r} ends an answer, but a free text may contain it")
         exits = {
             rest: {token: self._number(token, target) for token, target in self._pairs.following(None, found)}
             for rest, found in self._steps.ending(after).items()
         }
         return Passage(free, self._limit, ends, self._valid.count(after), exits, self._valid.source)
+
+    def _refuse(self, state: State, why: str) -> NoReturn:
+        """Raise DecalError about a free text, which begins at a state."""
+        raise DecalError(f"{self._valid.source}: behind {self._valid.way_to(state)!r} {why}")
 
 
 class _Pairs:

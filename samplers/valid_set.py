@@ -122,9 +122,11 @@ class ValidSet:
             schema: a mapping, as `json.loads` gives it, or a model of pydantic.
             separators: between members, and between a name and its value, as in `json.dumps`; a comma and a colon, with spaces.
             alphabet: the characters of strings that have a ``maxLength`` and no ``pattern``.
-            free: leave to the model what has no end, or too many values to count: strings whose pattern matches infinitely
-                many, or that have no ``pattern``, and no ``alphabet`` to write them in; numbers; and integers without a
-                maximum, whose minimum is 0, 1 or none. In counts such a text is one.
+            free: leave to the model what has no end, or too many values to count: numbers; integers without a minimum or a
+                maximum; strings without a ``pattern``, and without an ``alphabet`` to write them in; and strings with one, if
+                it matches more than 10,000 texts of more than 16 characters, or there is a ``minLength`` or ``maxLength``
+                beside it. Patterns with ``\\W`` or ``\\D`` are then written in ASCII, those with ``\\s`` or ``\\S`` without
+                spaces beyond it. In counts such a text is one.
 
         Raises:
             DecalError: a keyword that isn't followed, or infinitely many texts; it says where in the schema.
@@ -253,6 +255,16 @@ class ValidSet:
                     state, text = after, text + self._written(character)
                     break
                 number -= self._counts[after]
+
+    def way_to(self, state: State) -> str:
+        """One of the shortest texts that lead to a state, with free texts as in `at`."""
+        ways = {self.start: ""}
+        for here in (open_ := [self.start]):
+            for character, after in self._edges[here].items():
+                if after not in ways:
+                    ways[after] = ways[here] + self._written(character)
+                    open_.append(after)
+        return ways[state]
 
     def _written(self, character: str) -> str:
         return self.free[character].example if character in self.free else character

@@ -110,6 +110,8 @@ class Prompts:
         self.others = {ids(prompt): [ids(way) for way in ways] for prompt, ways in others.items()}
         self.blank = [ids(text) for text in blank]
         self.smaller = smaller
+        self._pad = getattr(tokenizer, "pad_token_id", None)
+        self._begins = self._pad == getattr(tokenizer, "bos_token_id", None)
         self._readers = {kind: Reader(smaller if kind == "smaller" else model) for kind in KINDS}
 
     @property
@@ -117,7 +119,8 @@ class Prompts:
         """What a step costs, in words."""
         others = max(map(len, self.others.values()), default=0)
         asked = f"at most {others} to ask the same and {len(self.blank)} blank: a row of the model more for each"
-        return asked if self.smaller is None else f"{asked}; and a row of a smaller model"
+        small = "a row of a smaller model"
+        return asked if self.smaller is None else f"{asked}; and {small}" if others or self.blank else small
 
     def logits(self, kind: str, history: History) -> Tensor:
         """See `Views`."""
@@ -127,13 +130,25 @@ class Prompts:
             if not ways:
                 raise DecalError(MISSING[kind])
             texts += [(*way, *generated) for way in ways]
+        if kind == "smaller":
+            self._check_tokens(texts)
         found = self._readers[kind](texts)
         return found.reshape(len(history), len(texts) // len(history), -1)
 
     def _ways(self, kind: str, prompt: Text) -> Sequence[Text] | None:
         if kind == "smaller":
+            # Nothing else tells a padded prompt from one that was meant like that.
+            if self._pad is not None and (prompt[:2] == (self._pad,) * 2 or (prompt[:1] == (self._pad,) and not self._begins)):
+                raise DecalError("a prompt begins with padding, which a smaller model would read: batches need pad_token_id")
             return [prompt] if self.smaller is not None else None
         return self.blank if kind == "blank" else self.others.get(prompt)
+
+    def _check_tokens(self, texts: Sequence[Text]) -> None:
+        embedding = getattr(self.smaller, "get_input_embeddings", lambda: None)()
+        size = getattr(embedding, "num_embeddings", None)
+        largest = max(map(max, texts))
+        if size is not None and largest >= size:
+            raise DecalError(f"the smaller model knows {size} tokens, and not the token {largest}: another tokenizer's?")
 
 
 class Reader:

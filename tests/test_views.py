@@ -200,6 +200,11 @@ def test_what_goes_wrong_is_said():
     few = against.for_prompts(Prompts(made, TOKENIZER, smaller=tiny.llama(30)))
     with pytest.raises(DecalError, match="of the smaller model are logits of 30 tokens"):
         few(torch.zeros(1, len(TOKENIZER)), history=decal.History.of([[5, 6]], prompt=2))
+    with pytest.raises(DecalError, match="knows 30 tokens, and not the token 200"):
+        few(torch.zeros(1, 30), history=decal.History.of([[5, 200]], prompt=2))
+    small = against.for_prompts(Prompts(made, TOKENIZER, smaller=model()))
+    with pytest.raises(DecalError, match="begins with padding"):
+        small(torch.zeros(1, len(TOKENIZER)), history=decal.History.of([[TOKENIZER.pad_token_id, 6]], prompt=2))
     others = [ensemble().for_prompts(Prompts(made, TOKENIZER, {"a": ["b"]})) for _ in range(2)]
     with pytest.raises(DecalError, match="different prompts; use for_prompts once"):
         others[0] | others[1]
