@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,12 +51,12 @@ class FreeText:
             }
             for state, further in fsm.map.items()
         }
-        self._named = {symbol for group in symbols.values() for symbol in group if symbol is not anything_else}
+        self.named = {symbol for group in symbols.values() for symbol in group if symbol is not anything_else}
 
     def character(self, place: Place, character: str) -> Place | None:
         """The place behind a character, or None if it can't stand there."""
         targets = self._targets.get(place.state, {})
-        target = targets.get(character if character in self._named else None)
+        target = targets.get(character if character in self.named else None)
         return None if target is None else Place(target, b"", place.size + (target in self._finals))
 
     def after(self, place: Place | None, text: bytes) -> Place | None:
@@ -109,7 +110,7 @@ class FreeText:
         for place, text in open_:  # which grows on the way
             if self.final(place):
                 return text
-            for character in (*sorted(filter(None, self.edges(place.state))), *(["x"] if "x" not in self._named else [])):
+            for character in (*sorted(filter(None, self.edges(place.state))), *(["x"] if "x" not in self.named else [])):
                 target = self.character(place, character)
                 if target is not None and target not in seen:
                     seen.add(target)
@@ -153,23 +154,51 @@ class FreeTokens:
         many tokens it takes at least from there to where the pattern is complete."""
         place = place._replace(size=0)
         if place not in self._stays:
-            found: list[tuple[int, Place]] = []
-            stack: list[tuple[Any, Place]] = [(self.vocabulary.root, place)]
-            while stack:
-                (_, further), here = stack.pop()
-                for byte, node in further.items():
-                    target = self.text.after(here, bytes([byte]))
-                    if target is not None:
-                        found += [(token, target) for token in node[0]]
-                        stack.append((node, target))
+            tokens, states, sizes = self._whole_tokens(place.state) if not place.pending else ([], [], [])
+            known = {state: (self.text.whole(Place(state)), self._form(Place(state))) for state in set(states)}
+            found = [(t, size, *known[state]) for t, state, size in zip(tokens, states, sizes, strict=True)]
+            bytes_of = self.vocabulary.bytes_of
+            for token in self.vocabulary.letters.broken if not place.pending else bytes_of:
+                target = self.text.after(place, bytes_of[token])
+                if target is not None:
+                    found.append((token, target.size, self.text.whole(target), self._form(target)))
             found.sort()
-            self._stays[place] = _Stays(
-                torch.tensor([token for token, _ in found], dtype=torch.long),
-                torch.tensor([target.size for _, target in found], dtype=torch.long),
-                torch.tensor([self.text.whole(target) for _, target in found], dtype=torch.bool),
-                torch.tensor([self._form(target) for _, target in found], dtype=torch.float64),
-            )
+            columns = list(zip(*found, strict=True)) or [()] * 4
+            kinds = (torch.long, torch.long, torch.bool, torch.float64)
+            self._stays[place] = _Stays(*(torch.tensor(c, dtype=kind) for c, kind in zip(columns, kinds, strict=True)))
         return self._stays[place]
+
+    def _whole_tokens(self, state: int) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of whole characters that stay within the text from a state on: ids, states behind, characters completed."""
+        letters, (table, kind, final) = self.vocabulary.letters, self._table
+        here = np.arange(len(letters.tokens))
+        states, sizes = np.full(len(here), state), np.zeros(len(here), dtype=np.int64)
+        done = []
+        for place in range(int(letters.length.max(initial=0))):
+            here = here[states[here] >= 0]
+            done.append(here[letters.length[here] == place])
+            here = here[letters.length[here] > place]
+            states[here] = table[states[here], kind[letters.flat[letters.start[here] + place]]]
+            sizes[here] += final[states[here]]
+        done.append(here[states[here] >= 0])
+        alive = np.concatenate(done)
+        return letters.tokens[alive].tolist(), states[alive].tolist(), sizes[alive].tolist()
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Next states by state and kind of character, -1 where there is none; the kind of each of the vocabulary's characters;
+        and which states are final."""
+        text = self.text
+        named = sorted({c for state in text.states for c in text.edges(state) if c is not None} | text.named)
+        kind_of = {c: number for number, c in enumerate(named, 1)}
+        table = np.full((max(text.states) + 2, len(named) + 1), -1)
+        for state in text.states:
+            for character, target in text.edges(state).items():
+                table[state, 0 if character is None else kind_of[character]] = target
+        kind = np.array([kind_of.get(c, 0) for c in self.vocabulary.letters.characters])
+        final = np.array([text.whole(Place(state)) for state in range(len(table))])
+        final[-1] = False  # where there is no state
+        return table, kind, final
 
     def may_hold(self, token: int) -> bool:
         """Whether a token may stand within the text."""

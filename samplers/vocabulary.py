@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from decal.samplers.errors import DecalError
 
@@ -51,6 +54,26 @@ def token_bytes(tokenizer: Any) -> dict[int, bytes]:
     return {number: text for number, text in table.items() if text}
 
 
+class Letters(NamedTuple):
+    """Tokens spelt out.
+
+    Attributes:
+        tokens: (N,) ids, in order.
+        length: (N,) characters of each.
+        start: (N,) where they begin in ``flat``.
+        flat: characters of all tokens one after the other, as places in ``characters``.
+        characters: all that there are.
+        broken: other tokens, which begin or end within a character.
+    """
+
+    tokens: np.ndarray
+    length: np.ndarray
+    start: np.ndarray
+    flat: np.ndarray
+    characters: list[str]
+    broken: list[int]
+
+
 class Vocabulary:
     """Token ids arranged by the bytes they write."""
 
@@ -63,6 +86,22 @@ class Vocabulary:
             for byte in text:
                 node = node[1].setdefault(byte, ([], {}))
             node[0].append(number)
+
+    @cached_property
+    def letters(self) -> Letters:
+        """The tokens that are whole characters, as arrays."""
+        whole, broken = {}, []
+        for number, text in sorted(self.bytes_of.items()):
+            try:
+                whole[number] = text.decode()
+            except UnicodeDecodeError:
+                broken.append(number)
+        # As numbers, since numpy drops NUL at the end of a text.
+        written = np.frombuffer("".join(whole.values()).encode("utf-32-le"), dtype=np.uint32)
+        characters, flat = np.unique(written, return_inverse=True)
+        length = np.array([len(text) for text in whole.values()], dtype=np.int64)
+        tokens = np.array(list(whole), dtype=np.int64)
+        return Letters(tokens, length, np.cumsum(length) - length, flat, list(map(chr, characters)), broken)
 
     @classmethod
     def of(cls, tokenizer: Any) -> Vocabulary:
