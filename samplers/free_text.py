@@ -74,7 +74,7 @@ class FreeText:
         try:
             return self.character(place._replace(pending=b""), written.decode())
         except UnicodeDecodeError as error:
-            begun = error.reason == "unexpected end of data" and self.beyond_ascii(place.state)
+            begun = error.reason == "unexpected end of data" and self.begun(place.state, written)
             return place._replace(pending=written) if begun else None
 
     def whole(self, place: Place) -> bool:
@@ -90,9 +90,9 @@ class FreeText:
         place = self.after(self.start, text.encode())
         return place is not None and self.final(place)
 
-    def beyond_ascii(self, state: int) -> list[int]:
-        """Where characters of several bytes may lead to."""
-        return [target for c, target in self._targets.get(state, {}).items() if c is None or not c.isascii()]
+    def begun(self, state: int, written: bytes) -> list[int]:
+        """Where characters may lead to that begin with these bytes, the first of several."""
+        return [target for c, target in self._targets.get(state, {}).items() if c is None or c.encode().startswith(written)]
 
     def edges(self, state: int) -> dict[str | None, int]:
         """Next states by character; None stands for all that the pattern doesn't name."""
@@ -231,7 +231,7 @@ class FreeTokens:
             return self._least.get(place.state, float("inf"))
         lead = place.pending[0]
         rest = (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) - len(place.pending)
-        return rest + max(self._least.get(target, float("inf")) for target in self.text.beyond_ascii(place.state))
+        return rest + min(self._least.get(target, float("inf")) for target in self.text.begun(place.state, place.pending))
 
     def _least_tokens(self) -> dict[int, float]:
         """Of each state, with a token for every character, or for each of its bytes."""

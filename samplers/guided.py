@@ -192,8 +192,10 @@ def _beside_free_text(own: Tensor, behind: Tensor, cluster: Tensor, strength: Te
     for number in cluster[free & (cluster != STAYS)].unique():
         exits = free & (cluster == number)
         share[exits] = own[exits].logsumexp(0) + law[exits].log_softmax(0)
-    whole = behind[free].max().log() - share[free].logsumexp(0)
-    return torch.where(free, share + strength * whole, law)
+    # All answers behind the text are behind a token that goes on in it, or behind those together that end it alike.
+    first = cluster[cluster != 0].min()
+    count = behind[cluster == first].max() if first == STAYS else behind[cluster == first].sum()
+    return torch.where(free, share + strength * (count.log() - share[free].logsumexp(0)), law)
 
 
 @rule(slow="no rival of other samplers, as it is told the valid answers", paper="arXiv:2605.11128")

@@ -424,7 +424,7 @@ class Translation:
         low = self._size(given, above, "minLength", 0)
         high = self._size(given, above, "maxLength", None) if "maxLength" in given else ""
         pattern = given["pattern"][1:-1]
-        character = r"[ !#-\[\]-~]" if re.search(r"\\[WD]", pattern) else WITHIN_QUOTES
+        character = r"[ !#-\[\]-~]" if re.search(r"\\[WD]|\[\^[^\]]*\\[wd]", pattern) else WITHIN_QUOTES
         if re.search(r"\\[sS]", pattern):
             character = character.replace("[^", f"[^{SPACES}")
         return self._left(where, pattern, within=f"{character}{{{low},{high}}}")

@@ -309,11 +309,45 @@ def test_texts_are_ended_in_time() -> None:
 
 def test_what_a_space_is_and_a_letter() -> None:
     """Where readers of patterns disagree, what is written suits all."""
-    for pattern, some in ((r"^\S+$", "a\xa0b"), (r"^[^\s]+$", "a\u2003b"), (r"^\W+$", "漢"), (r"^\D+$", "٣")):
+    for pattern, some in (
+        (r"^[^\w]+$", "漢"),
+        (r"^[^\d]+$", "٣"),
+        (r"^\S+$", "a\xa0b"),
+        (r"^[^\s]+$", "a\u2003b"),
+        (r"^\W+$", "漢"),
+        (r"^\D+$", "٣"),
+    ):
         valid = following({"type": "string", "pattern": pattern})
         assert f'"{some}"' not in valid
         assert '"-"' in valid
     assert '"é漢"' in following({"type": "string", "pattern": r"^\S+$"})
+
+
+def test_no_byte_begins_a_character_that_the_pattern_has_not() -> None:
+    spelt = token_bytes(TOKENIZER)
+    guide = Guide.of(following({"type": "string", "pattern": "^(é|è[a-z]{3}[a-z]*)$"}), TOKENIZER, free_tokens=4)
+    z = torch.zeros(1, len(TOKENIZER), dtype=torch.float64)
+    start = TOKENIZER.encode('"')
+    assert {spelt[t] for t in np.flatnonzero(law(1.0, z, start, guide))} == {b"\xc3", "é".encode()}
+    begun = [*start, next(t for t, text in spelt.items() if text == b"\xc3")]
+    # Two tokens are left behind the next one, too few for what è asks for.
+    assert {spelt[t] for t in np.flatnonzero(law(1.0, z, begun, guide))} == {b"\xa9"}
+
+
+def test_all_answers_behind_a_text_count_where_a_cut_left_only_its_ends() -> None:
+    """Tokens that end the text part the answers behind it, and count as all of them together."""
+    some = {"anyOf": [{"const": "x"}, {"type": "string", "pattern": r"^\.+$"}]}
+    schema = {"properties": {"a": some, "b": {"type": "boolean"}}, "required": ["a"]}
+    guide = Guide.of(following(schema), TOKENIZER)
+    (passage,) = guide.trie.passages.values()
+    ends = list(passage.exits[b"."])
+    assert len(ends) > 1
+    x = TOKENIZER.encode("x")[0]
+    z = torch.full((1, len(TOKENIZER)), -torch.inf, dtype=torch.float64)
+    z[0, [x, *ends]] = 0
+    got = law(1.0, z, TOKENIZER.encode('{"a": "'), guide)
+    assert got[x] == pytest.approx(0.5, abs=1e-12)
+    assert got[ends].sum() == pytest.approx(0.5, abs=1e-12)
 
 
 def test_few_texts_of_a_pattern_are_counted() -> None:
