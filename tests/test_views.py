@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import tiny
@@ -63,14 +65,8 @@ def test_the_reader_reads_once_what_is_asked_twice():
     assert len(calls) == 1
 
 
-def test_contrast_against_a_smaller_model_in_generate():
-    """Scores of every step, against forward passes of both models; several models' caches don't mix."""
-    made, small = model(), tiny.llama(len(TOKENIZER), seed=3, dtype=torch.float32)
-    views = Prompts(made, TOKENIZER, PROMPTS, smaller=small)
-    chain = (ensemble(0.4) | contrast(0.7, against="smaller")).for_prompts(views)
-    assert "a row of a smaller model" in "".join(notes(chain))
-    assert kinds(chain) == {"others", "blank", "smaller"}
-    assert kinds(contrast(0.7, against="smaller") | temperature(2)) == {"smaller"}
+def steps_of(made: torch.nn.Module, chain: decal.Chain) -> Iterator[tuple[str, list[str], list[int], np.ndarray]]:
+    """Of a batch padded on the left: each prompt, its other ways, what was generated so far, and the scores there."""
     inputs = TOKENIZER(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
     torch.manual_seed(1)
     out = made.generate(
@@ -81,10 +77,21 @@ def test_contrast_against_a_smaller_model_in_generate():
     for row, (prompt, ways) in enumerate(PROMPTS.items()):
         for step, scores in enumerate(out.scores):
             generated = out.sequences[row, width : width + step].tolist()
-            own, *others = (behind(made, TOKENIZER.encode(text) + generated) for text in (prompt, *ways))
-            wanted = 0.6 * own + 0.4 * np.mean(others, 0) - 0.7 * behind(small, TOKENIZER.encode(prompt) + generated)
-            got = scores[row].double().numpy()
-            np.testing.assert_allclose(got - got.max(), wanted - wanted.max(), atol=5e-4)
+            yield prompt, ways, generated, scores[row].double().numpy()
+
+
+def test_contrast_against_a_smaller_model_in_generate():
+    """Scores of every step, against forward passes of both models; several models' caches don't mix."""
+    made, small = model(), tiny.llama(len(TOKENIZER), seed=3, dtype=torch.float32)
+    views = Prompts(made, TOKENIZER, PROMPTS, smaller=small)
+    chain = (ensemble(0.4) | contrast(0.7, against="smaller")).for_prompts(views)
+    assert "a row of a smaller model" in "".join(notes(chain))
+    assert kinds(chain) == {"others", "blank", "smaller"}
+    assert kinds(contrast(0.7, against="smaller") | temperature(2)) == {"smaller"}
+    for prompt, ways, generated, got in steps_of(made, chain):
+        own, *others = (behind(made, TOKENIZER.encode(text) + generated) for text in (prompt, *ways))
+        wanted = 0.6 * own + 0.4 * np.mean(others, 0) - 0.7 * behind(small, TOKENIZER.encode(prompt) + generated)
+        np.testing.assert_allclose(got - got.max(), wanted - wanted.max(), atol=5e-4)
 
 
 @pytest.mark.parametrize("form", ["mean", "least"])
@@ -95,21 +102,11 @@ def test_formulas_in_generate(form):
     chain = (ensemble(0.4, form=form) | contrast(0.3) | temperature(1.2)).for_prompts(views)
     assert "at most 2 to ask the same and 1 blank" in "".join(notes(chain))
     assert "a row of the model more" in "".join(notes(decal.parse("ensemble(0.5)")))
-    inputs = TOKENIZER(list(PROMPTS), return_tensors="pt", padding=True, padding_side="left")
-    torch.manual_seed(1)
-    out = made.generate(
-        **inputs, max_new_tokens=5, return_dict_in_generate=True, output_scores=True,
-        **chain.generate_kwargs(pad_token_id=TOKENIZER.pad_token_id),
-    )  # fmt: skip
-    width = inputs["input_ids"].shape[1]
-    for row, (prompt, ways) in enumerate(PROMPTS.items()):
-        for step, scores in enumerate(out.scores):
-            generated = out.sequences[row, width : width + step].tolist()
-            own, *others, blank = (behind(made, TOKENIZER.encode(text) + generated) for text in (prompt, *ways, "Answer:"))
-            other = np.mean(others, 0) if form == "mean" else np.min(others, 0)
-            wanted = (0.6 * own + 0.4 * other - 0.3 * blank) / 1.2
-            got = scores[row].double().numpy()
-            np.testing.assert_allclose(got - got.max(), wanted - wanted.max(), atol=5e-4)
+    for prompt, ways, generated, got in steps_of(made, chain):
+        own, *others, blank = (behind(made, TOKENIZER.encode(text) + generated) for text in (prompt, *ways, "Answer:"))
+        other = np.mean(others, 0) if form == "mean" else np.min(others, 0)
+        wanted = (0.6 * own + 0.4 * other - 0.3 * blank) / 1.2
+        np.testing.assert_allclose(got - got.max(), wanted - wanted.max(), atol=5e-4)
 
 
 def test_beams_and_seeds():
