@@ -106,11 +106,12 @@ class FreeText:
     @cached_property
     def example(self) -> str:
         """One of the shortest."""
+        other = next(c for c in map(chr, (*range(ord("x"), 127), *range(33, 0x10FFFF))) if c not in self.named)
         open_, seen = [(self.start, "")], {self.start}
         for place, text in open_:  # which grows on the way
             if self.final(place):
                 return text
-            for character in (*sorted(filter(None, self.edges(place.state))), *(["x"] if "x" not in self.named else [])):
+            for character in (*sorted(filter(None, self.edges(place.state))), other):
                 target = self.character(place, character)
                 if target is not None and target not in seen:
                     seen.add(target)

@@ -55,6 +55,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "pattern": {"type": "string", "pattern": "^[A-Z][a-z ]+$"},
     "many texts of a pattern": {"type": "string", "pattern": "^[A-Za-z]{1,9}$"},
     "pattern and length": {"type": "string", "pattern": "^[a-z]+$", "minLength": 2, "maxLength": 5},
+    "no x": {"type": "string", "pattern": "^[^x]+$"},
     "no spaces": {"type": "string", "pattern": r"^\S+$"},
     "words": {"type": "string", "pattern": r"^[^\s]+\s\w*$"},
     "no letters": {"type": "string", "pattern": r"^\W+$"},
