@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -48,9 +48,11 @@ class FreeText:
                 for transition, target in further.items()
                 if fsm.islive(target)
                 for symbol in symbols[transition]
+                if symbol is anything_else or not "\ud800" <= symbol <= "\udfff"  # half of a pair, which is no text
             }
             for state, further in fsm.map.items()
         }
+        self._begun: dict[tuple[int, bytes], list[int]] = {}
         self.named = {symbol for group in symbols.values() for symbol in group if symbol is not anything_else}
 
     def character(self, place: Place, character: str) -> Place | None:
@@ -85,14 +87,16 @@ class FreeText:
         """Whether the text may end."""
         return self.whole(place) and self.low <= place.size and (self.high is None or place.size <= self.high)
 
-    def contains(self, text: str) -> bool:
-        """Whether a text is of this form."""
-        place = self.after(self.start, text.encode())
-        return place is not None and self.final(place)
-
     def begun(self, state: int, written: bytes) -> list[int]:
         """Where characters may lead to that begin with these bytes, the first of several."""
-        return [target for c, target in self._targets.get(state, {}).items() if c is None or c.encode().startswith(written)]
+        if (state, written) not in self._begun:
+            unnamed = any(chr(code) not in self.named for code in _beginning_with(written))
+            self._begun[state, written] = [
+                target
+                for character, target in self._targets.get(state, {}).items()
+                if (unnamed if character is None else character.encode().startswith(written))
+            ]
+        return self._begun[state, written]
 
     def edges(self, state: int) -> dict[str | None, int]:
         """Next states by character; None stands for all that the pattern doesn't name."""
@@ -117,6 +121,19 @@ class FreeText:
                     seen.add(target)
                     open_.append((target, text + character))
         raise DecalError("a free text that can't end")
+
+
+def _beginning_with(written: bytes) -> Iterator[int]:
+    """Code points of characters whose UTF-8 begins with these bytes, the first of several."""
+    size = 2 if written[0] < 0xE0 else 3 if written[0] < 0xF0 else 4
+    value = written[0] & (0x7F >> size)
+    for byte in written[1:]:
+        value = value << 6 | byte & 0x3F
+    rest = 6 * (size - len(written))
+    least = {2: 0x80, 3: 0x800, 4: 0x10000}[size]  # shorter ones are written in fewer bytes
+    for code in range(max(value << rest, least), min((value + 1) << rest, 0x110000)):
+        if not 0xD800 <= code <= 0xDFFF:
+            yield code
 
 
 class Options(NamedTuple):
@@ -158,9 +175,8 @@ class FreeTokens:
             tokens, states, sizes = self._whole_tokens(place.state) if not place.pending else ([], [], [])
             known = {state: (self.text.whole(Place(state)), self._form(Place(state))) for state in set(states)}
             found = [(t, size, *known[state]) for t, state, size in zip(tokens, states, sizes, strict=True)]
-            bytes_of = self.vocabulary.bytes_of
-            for token in self.vocabulary.letters.broken if not place.pending else bytes_of:
-                target = self.text.after(place, bytes_of[token])
+            for token in self.vocabulary.letters.broken:
+                target = self.text.after(place, self.vocabulary.bytes_of[token])
                 if target is not None:
                     found.append((token, target.size, self.text.whole(target), self._form(target)))
             found.sort()
@@ -190,9 +206,8 @@ class FreeTokens:
         """Next states by state and kind of character, -1 where there is none; the kind of each of the vocabulary's characters;
         and which states are final."""
         text = self.text
-        named = sorted({c for state in text.states for c in text.edges(state) if c is not None} | text.named)
-        kind_of = {c: number for number, c in enumerate(named, 1)}
-        table = np.full((max(text.states) + 2, len(named) + 1), -1)
+        kind_of = {c: number for number, c in enumerate(sorted(text.named), 1)}
+        table = np.full((max(text.states) + 2, len(kind_of) + 1), -1)
         for state in text.states:
             for character, target in text.edges(state).items():
                 table[state, 0 if character is None else kind_of[character]] = target
@@ -235,7 +250,7 @@ class FreeTokens:
         return rest + min(self._least.get(target, float("inf")) for target in self.text.begun(place.state, place.pending))
 
     def _least_tokens(self) -> dict[int, float]:
-        """Of each state, with a token for every character, or for each of its bytes."""
+        """Of each state, with a token for every character, or for each of its bytes; at most, as tokens may hold several."""
         known = set(self.vocabulary.bytes_of.values())
 
         def price(character: str) -> float:
@@ -246,7 +261,10 @@ class FreeTokens:
 
         named = {c for state in self.text.states for c in self.text.edges(state) if c is not None}
         prices: dict[str | None, float] = {c: price(c) for c in named}
-        prices[None] = 1 if any(len(text) == 1 and text < b"\x80" and text.decode() not in named for text in known) else 4
+        letters = self.vocabulary.letters
+        alone = (letters.characters[letters.flat[start]] for start in letters.start[letters.length == 1])
+        bytewise = 4 if all(bytes([byte]) in known for byte in range(0x80, 0xF5) if byte not in (0xC0, 0xC1)) else float("inf")
+        prices[None] = 1 if any(character not in self.text.named for character in alone) else bytewise
         least = {state: 0.0 for state in self.text.states if self.text.whole(Place(state))}
         changed = True
         while changed:

@@ -229,6 +229,7 @@ def guided(row: Row, strength: Tensor = Param(1.0, low=0, high=1, off=0.0, sweep
         else:
             given = _weighed(own, row.per_token(guide.completions).to(z), strength)
         lost = ~given.isfinite().any(-1, keepdim=True)
-        return torch.where(lost, z, given)
+        # The largest is 0, as logarithms of many answers would lose their digits in short floats.
+        return torch.where(lost, z, given - given.amax(-1, keepdim=True))
 
     return Map(towards_uniform, drops=True, monotone=False)

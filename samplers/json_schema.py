@@ -63,7 +63,7 @@ SPACES = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 """Beyond ASCII, where readers of patterns disagree on what is a space."""
 
 NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?"
-"""As JSON writes them, but for exponents that float64 has none of."""
+"""As JSON writes them, with exponents of at most two digits: with more they are soon beyond float64."""
 
 LEAVE = "; from_json_schema(..., free=True) leaves it to the model"
 
@@ -413,7 +413,10 @@ class Translation:
         if self.free and (inner is None or "minLength" in given or "maxLength" in given or _many(inner)):
             return self._pattern_left(given, where)
         assert inner is not None
-        odd = sorted({c for c in inner.characters if c in f'"\\{FIRST}' or ord(c) < 32})
+        taken = {FIRST, *(FREE if self.free else ())} & inner.characters
+        if taken:
+            self.refuse(where, f"may match U+{ord(min(taken)):04X}, which has a use of its own here")
+        odd = sorted({c for c in inner.characters if c in '"\\' or ord(c) < 32})
         if odd:
             self.refuse(where, f"may match {odd[0]!r}, which JSON writes otherwise")
         return f"(?:{pattern[1:-1]})"
@@ -424,7 +427,8 @@ class Translation:
         low = self._size(given, above, "minLength", 0)
         high = self._size(given, above, "maxLength", None) if "maxLength" in given else ""
         pattern = given["pattern"][1:-1]
-        character = r"[ !#-\[\]-~]" if re.search(r"\\[WD]|\[\^[^\]]*\\[wd]", pattern) else WITHIN_QUOTES
+        negated = re.search(r"\\[WD]", pattern) or (re.search(r"\\[wd]", pattern) and re.search(r"\[\^|\(\?!", pattern))
+        character = r"[ !#-\[\]-~]" if negated else WITHIN_QUOTES
         if re.search(r"\\[sS]", pattern):
             character = character.replace("[^", f"[^{SPACES}")
         return self._left(where, pattern, within=f"{character}{{{low},{high}}}")

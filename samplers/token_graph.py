@@ -318,6 +318,8 @@ class _Passages:
         ways = [Place(place) for place in text.states if text.whole(Place(place))]
         if behind.keys() & self._valid.free.keys() or any(text.character(place, c) for place in ways for c in behind):
             self._refuse(state, "a free text can't be told from what follows it")
+        if free.shortest == float("inf"):
+            self._refuse(state, "a free text can't be written in the tokens of this vocabulary")
         if not free.fits(text.start, self._limit):
             self._refuse(state, f"a free text takes {free.shortest:.0f} tokens at least, more than free_tokens={self._limit}")
         ends = self._ends if self._valid.final(after) else ()

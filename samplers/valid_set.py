@@ -125,8 +125,9 @@ class ValidSet:
             free: leave to the model what has no end, or too many values to count: numbers; integers without a minimum or a
                 maximum; strings without a ``pattern``, and without an ``alphabet`` to write them in; and strings with one, if
                 it matches more than 10,000 texts of more than 16 characters, or there is a ``minLength`` or ``maxLength``
-                beside it. Patterns with ``\\W`` or ``\\D`` are then written in ASCII, those with ``\\s`` or ``\\S`` without
-                spaces beyond it. In counts such a text is one.
+                beside it. Patterns that negate ``\\w`` or ``\\d`` are then written in ASCII, those with ``\\s`` or ``\\S``
+                without spaces beyond it, as readers differ there; exponents have at most two digits, and control characters
+                other than ``\\b \\f \\n \\r \\t`` aren't written. In counts such a text is one.
 
         Raises:
             DecalError: a keyword that isn't followed, or infinitely many texts; it says where in the schema.
@@ -340,6 +341,9 @@ def automaton_of(pattern: str, source: str) -> Any:
 
     if not isinstance(pattern, str):
         raise DecalError(f"{source}: a regular expression is a text, got {pattern!r}")
+    classes = re.findall(r"\[\^?\]?[^\]]*\]?", re.sub(r"\\.", "x", pattern, flags=re.DOTALL))
+    if any(one.startswith(("[]", "[^]")) for one in classes):
+        raise DecalError(f"{source}: {pattern!r} has a ] first in brackets, which is read in two ways; write \\]")
     # Their end is taken for the end of the group that they are in, which is right only where that is all there is.
     if re.search(r"\(\?(=|!|<=|<!)", re.sub(r"^(\(\?[=!][^()]*\))*", "", bare(pattern))):
         raise DecalError(f"{source}: {pattern!r} looks ahead or back, which is followed at its beginning only")

@@ -136,12 +136,14 @@ class Prompts:
         return found.reshape(len(history), len(texts) // len(history), -1)
 
     def _ways(self, kind: str, prompt: Text) -> Sequence[Text] | None:
-        if kind == "smaller":
-            # Nothing else tells a padded prompt from one that was meant like that.
-            if self._pad is not None and (prompt[:2] == (self._pad,) * 2 or (prompt[:1] == (self._pad,) and not self._begins)):
-                raise DecalError("a prompt begins with padding, which a smaller model would read: batches need pad_token_id")
-            return [prompt] if self.smaller is not None else None
-        return self.blank if kind == "blank" else self.others.get(prompt)
+        if kind != "smaller":
+            return self.blank if kind == "blank" else self.others.get(prompt)
+        if self.smaller is None:
+            return None
+        # Nothing else tells a padded prompt from one that was meant like that.
+        if self._pad is not None and (prompt[:2] == (self._pad,) * 2 or (prompt[:1] == (self._pad,) and not self._begins)):
+            raise DecalError("a prompt begins with padding, which a smaller model would read: batches need pad_token_id")
+        return [prompt]
 
     def _check_tokens(self, texts: Sequence[Text]) -> None:
         embedding = getattr(self.smaller, "get_input_embeddings", lambda: None)()

@@ -16,6 +16,9 @@ import tiny
 import torch
 from pydantic import BaseModel, Field
 from scipy.stats import chisquare
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 import decal
@@ -61,6 +64,11 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "no letters": {"type": "string", "pattern": r"^\W+$"},
     "no digits": {"type": "string", "pattern": r"^\D+$"},
     "any character": {"type": "string", "pattern": "^-.{2}$"},
+    "no Latin beyond ASCII": {"type": "string", "pattern": "^[^À-ÿ]+$"},
+    "no Cyrillic": {"type": "string", "pattern": "^[^\u0400-\u04ff]*$"},
+    "nothing from U+0080": {"type": "string", "pattern": "^[^\u0080-\uffff]*$"},
+    "nothing below U+10000": {"type": "string", "pattern": "^\\.[\U00010000-\U0001ffff]*$"},
+    "no Han, and a limit": {"type": "string", "pattern": "^[^一-龥]+$", "maxLength": 3},
     "optional member": OPTIONAL,
     "string or null": {"properties": {"a": {"anyOf": [STRING, {"type": "null"}]}}, "required": ["a"]},
     "number or null": {"properties": {"a": {"type": ["number", "null"]}, "b": STRING}, "required": ["a", "b"]},
@@ -119,7 +127,7 @@ def test_membership(name: str) -> None:
             if slip in valid:
                 assert checked.is_valid(json.loads(slip)), slip
             elif (
-                "\\" not in SCHEMAS[name].get("pattern", "")
+                not ("pattern" in SCHEMAS[name] and "\\" in SCHEMAS[name]["pattern"] + slip)  # written without escapes
                 and slip == _plain(slip)
                 and not re.search(r'-0|\\[/u]|0[eE]|\s"|"\s:|\.0$|[\x7f-\xa0]', slip)
             ):
@@ -143,16 +151,21 @@ def _no_member_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def fits(text: FreeText, some: str) -> bool:
+    place = text.after(text.start, some.encode())
+    return place is not None and text.final(place)
+
+
 def test_form_against_re() -> None:
     chance = random.Random(3)
     for pattern, low, high in ((f"{INNER}*", 0, None), (f"{INNER}*", 1, 3), ("[a-z]+é?", 0, None), (r"x.|漢+", 0, None)):
         text = FreeText(automaton_of(pattern, "t"), low, high)
-        assert text.contains(text.example)
+        assert fits(text, text.example)
         for _ in range(3000):
             some = "".join(chance.choices('ab"\\nxé漢\u0080\U0001f600\n', k=chance.randrange(6)))
             size = len(re.sub(r"\\.", "x", some, flags=re.DOTALL))
             wanted = re.fullmatch(pattern, some) is not None and low <= size <= (size if high is None else high)
-            assert text.contains(some) == wanted, (pattern, some)
+            assert fits(text, some) == wanted, (pattern, some)
             if wanted:  # all beginnings are, byte by byte
                 assert all(text.after(text.start, some.encode()[:n]) is not None for n in range(len(some.encode())))
 
@@ -317,6 +330,8 @@ def test_what_a_space_is_and_a_letter() -> None:
         (r"^[^\s]+$", "a\u2003b"),
         (r"^\W+$", "漢"),
         (r"^\D+$", "٣"),
+        (r"^[^\]\w]+$", "漢"),
+        (r"^(?!\w).+$", "漢"),
     ):
         valid = following({"type": "string", "pattern": pattern})
         assert f'"{some}"' not in valid
@@ -333,6 +348,22 @@ def test_no_byte_begins_a_character_that_the_pattern_has_not() -> None:
     begun = [*start, next(t for t, text in spelt.items() if text == b"\xc3")]
     # Two tokens are left behind the next one, too few for what è asks for.
     assert {spelt[t] for t in np.flatnonzero(law(1.0, z, begun, guide))} == {b"\xa9"}
+
+
+def test_a_byte_that_begins_no_character_of_the_pattern() -> None:
+    """Of all bytes that may begin, and of all that may follow, those of a character that is left; found by trying them."""
+    leads = [bytes([byte]) for byte in range(0xC2, 0xF5)]
+    for pattern, left in (
+        ("[^À-ÿ]", lambda c: not "À" <= c <= "ÿ"),
+        ("[^\u0080-\uffff]", lambda c: c > "\uffff"),
+        ("[\u0080-\u10ff]", lambda c: "\u0080" <= c <= "\u10ff"),
+        ("[^\u07c0-\u0fff]", lambda c: not "\u07c0" <= c <= "\u0fff"),
+    ):
+        text = FreeText(automaton_of(pattern, "t"))
+        spelt = [c.encode() for c in map(chr, range(0x80, 0x110000)) if left(c) and not 0xD800 <= ord(c) <= 0xDFFF]
+        begun = {written[:size] for written in spelt for size in range(1, len(written))}
+        some = leads + [lead + bytes([byte]) for lead in leads for byte in range(0x80, 0xC0)]
+        assert {written for written in some if text.after(text.start, written)} - set(spelt) == begun.intersection(some)
 
 
 def test_all_answers_behind_a_text_count_where_a_cut_left_only_its_ends() -> None:
@@ -379,6 +410,8 @@ def test_texts_that_cannot_be_told_apart(schema: dict[str, Any], message: str) -
         ({"type": "string", "minLength": 3, "maxLength": 2}, "no text has from 3 to 2"),
         ({"type": "array", "items": STRING}, "has no maxItems"),
         ({"enum": ["\ue001"]}, "U\\+E001 has a use of its own here"),
+        ({"type": "string", "pattern": "^\ue001$"}, r"/pattern: may match U\+E001, which has a use of its own here"),
+        ({"type": "string", "pattern": r"^[^]\w]+$"}, r"has a \] first in brackets, which is read in two ways; write \\\]"),
     ],
 )
 def test_schemas_that_are_refused(schema: dict[str, Any], message: str) -> None:
@@ -397,6 +430,12 @@ def test_where_free_texts_do_not_fit() -> None:
         tiny.compile_trie(TOKENIZER, following(STRING))
     with pytest.raises(DecalError, match="needs ends"):
         Guide.of(following({"type": "number"}), TOKENIZER, ends=())
+    few = Tokenizer(BPE({"e": 0, '"': 1, tiny.EOS: 2}, []))
+    few.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    with pytest.raises(DecalError, match="can't be written in the tokens of this vocabulary"):
+        Guide.of(
+            following({"type": "string", "pattern": "^é+$"}), PreTrainedTokenizerFast(tokenizer_object=few, eos_token=tiny.EOS)
+        )
     with pytest.raises(DecalError, match="a free text may contain it"):
         Guide.of(following({"type": "number"}), TOKENIZER, ends=["."])
     for bad in (0, 2.5, True, "many"):

@@ -70,6 +70,19 @@ def test_the_formula():
             np.testing.assert_allclose(got[row], wanted / wanted.sum(), atol=1e-12)
 
 
+def test_in_short_floats():
+    """The logarithm of 1e43 answers, about 99, would have two digits behind it rounded away."""
+    chain = guided(1).for_answers(ValidSet.from_regex("a[a-z]{30}|b[a-m][a-z]{29}|c[a-m][a-z]{29}"), TOKENIZER)
+    history = decal.History.of([[5]], prompt=1)
+    for kind, precise in ((torch.bfloat16, 0.004), (torch.float16, 0.001)):
+        got = chain(torch.zeros(1, len(TOKENIZER), dtype=kind), history=history)
+        assert got.dtype == kind
+        law = got.double().softmax(-1)[0]
+        for letter, wanted in (("a", 0.5), ("b", 0.25), ("c", 0.25)):
+            here = sum(law[t].item() for t in range(len(TOKENIZER)) if TOKENIZER.decode([t]).startswith(letter))
+            assert here == pytest.approx(wanted, abs=precise)
+
+
 def test_where_no_answer_is_left_the_row_is_left_alone():
     chain = decal.top_k(1) | guided(1).for_answers(Guide(tiny.trie_of([(1,), (2, 3)], (0,))))
     assert "put that first" in "".join(notes(chain))

@@ -207,6 +207,19 @@ def test_what_goes_wrong_is_said():
         others[0] | others[1]
 
 
+def mass(trie, law):
+    """Probability of all answers, by the law at every node."""
+    total = 0.0
+    for node, answer in enumerate(trie.answer):
+        if answer >= 0:
+            here, p = node, law[node][list(trie.ends)].sum()
+            while here:
+                p *= law[trie.parent[here]][trie.token[here]]
+                here = trie.parent[here]
+            total += p
+    return total
+
+
 def test_the_evaluator_reads_the_other_prompts_of_a_task(tmp_path, monkeypatch):
     """Probability of every answer under a chain with both rules, against plain forward passes of every prompt by itself."""
     monkeypatch.setenv("DECAL_CACHE", str(tmp_path))
@@ -233,15 +246,7 @@ def test_the_evaluator_reads_the_other_prompts_of_a_task(tmp_path, monkeypatch):
                 behind(made, text + trie.path(node)) for text in (list(prompt), *told["others"], *told["blank"])
             )
             law[node] = tiny.softmax((0.6 * own + 0.4 * np.mean(others, 0) - 0.3 * blank) / 1.3)
-        mass = 0.0
-        for node, answer in enumerate(trie.answer):
-            if answer >= 0:
-                here, p = node, law[node][list(trie.ends)].sum()
-                while here:
-                    p *= law[trie.parent[here]][trie.token[here]]
-                    here = trie.parent[here]
-                mass += p
-        assert result.validity[0, number] == pytest.approx(mass, rel=1e-6)
+        assert result.validity[0, number] == pytest.approx(mass(trie, law), rel=1e-6)
     again = evaluation.run(question)
     np.testing.assert_array_equal(again.validity, result.validity)
     alone = Question(task.model_copy(update={"draws": 1}), question.valid)
@@ -267,15 +272,7 @@ def test_the_evaluator_reads_a_smaller_model(tmp_path, monkeypatch):
     for node in range(len(trie)):
         text = list(prompt) + trie.path(node)
         law[node] = tiny.softmax(behind(made, text) - 0.6 * behind(small, text))
-    mass = 0.0
-    for node, answer in enumerate(trie.answer):
-        if answer >= 0:
-            here, p = node, law[node][list(trie.ends)].sum()
-            while here:
-                p *= law[trie.parent[here]][trie.token[here]]
-                here = trie.parent[here]
-            mass += p
-    assert result.validity[0, 0] == pytest.approx(mass, rel=1e-6)
+    assert result.validity[0, 0] == pytest.approx(mass(trie, law), rel=1e-6)
     np.testing.assert_array_equal(evaluation.run(question).validity, result.validity)
     with pytest.raises(DecalError, match="some setting reads a smaller model"):
         Evaluation(loaded, settings)
