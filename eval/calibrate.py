@@ -239,14 +239,20 @@ def _without(samples: Sequence[Sequence[Sample]], fold: np.ndarray, make: Callab
 
 def settings(samples: Sequence[Sample], weights: Mapping[str, float], budget: int, seed: int, prompts: bool) -> list[Setting]:
     """The settings that chains are chosen among, those of calibrated rules as fitted; ``budget`` of every sampler."""
-    drawn = [replace(s, chain=with_weights(s.chain, weights)) for s in grid.drawn(budget, seed, prompts=prompts, rules=RULES)]
+    drawn = grid.drawn(budget, seed, prompts=prompts, rules=RULES)
+    return [replace(s, chain=with_weights(s.chain, weights)) for s in drawn] + tabled(samples, budget, seed)
+
+
+def tabled(samples: Sequence[Sample], budget: int, seed: int) -> list[Setting]:
+    """``budget`` settings of each cut that reads a fitted table, before a temperature."""
+    found = []
     for alpha, t in grid.points((0.02, 0.5), grid.RANGE, count=budget, seed=seed):
         cut = calibrated.conformal_nucleus(nucleus(samples, alpha), ENTROPIES)
-        drawn.append(Setting("conformal_nucleus", cut | find("temperature")(t)))
+        found.append(Setting("conformal_nucleus", cut | find("temperature")(t)))
     for level, t in grid.points((0.05, 0.8), grid.RANGE, count=budget, seed=seed):
         cut = calibrated.calibrated_top_k(sizes(samples, level), CONFIDENCES)
-        drawn.append(Setting("calibrated_top_k", cut | find("temperature")(t)))
-    return drawn
+        found.append(Setting("calibrated_top_k", cut | find("temperature")(t)))
+    return found
 
 
 def choose_features(samples: Sequence[Sequence[Sample]], fold: np.ndarray) -> dict[str, float]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,6 +146,7 @@ def _ask(
         evaluation.check(question)
     about = {
         "decal": decal.__version__,
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "note": loaded.note},
         **({"smaller": {"name": other.name, "fingerprint": other.fingerprint}} if other else {}),
@@ -301,7 +303,8 @@ def calibrate(out: Path, budget: int, read_prompts: bool, tasks: tuple[str, ...]
     with _progress(2 * len(questions) + len(questions) // 2) as (report_to, task_done):
         cache, seed = job.evaluation.cache, job.evaluation.seed
         fitting = calibration.Fitting(loaded, budget, read_prompts, seed, cache, report_to)
-        about = {"model": loaded.name, "tasks": [q.task.name for q in questions], "note": loaded.note}
+        digests = {q.task.name: q.digest for q in questions}
+        about = {"model": loaded.name, "tasks": list(digests), "task_digests": digests, "note": loaded.note}
         found = calibration.calibrate(fitting, questions, job.about | about, task_done)
     atomic_write(out, calibration.written(found))
     calibration.print_report(found, _console())

@@ -6,6 +6,7 @@ The built-in tasks are the files in ``tasks/`` beside this module; a user's own 
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,6 +159,11 @@ class Question:
     def answers(self) -> tuple[str, ...]:
         """The valid answers as text, in the order results number them."""
         return tuple(self.valid)
+
+    @property
+    def digest(self) -> str:
+        """What tells a task from others of the same name: of how it is declared, and of its answers."""
+        return hashlib.sha256("\0".join([self.task.model_dump_json(), *self.answers]).encode()).hexdigest()[:32]
 
     @property
     def policy(self) -> Policy:

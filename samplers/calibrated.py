@@ -240,7 +240,8 @@ class Calibration:
         """A cut such that a text is invalid with probability at most ``epsilon``, on average over tasks like those of the file.
 
         By conformal risk control (Angelopoulos et al., arXiv 2208.02814), at temperature 1: it holds if the new task and those
-        of the file are exchangeable, such as draws from the same pool, and for the average over draws of all of them.
+        of the file are exchangeable, such as draws from the same pool, and for the average over draws of all of them, those
+        included for which nothing can be promised: a refusal writes no invalid text.
 
         Args:
             rule: ``min_validity`` cuts at one level; ``risk_budget`` spends more where a text was sure so far.

@@ -718,8 +718,12 @@ def notes(chain: Chain) -> list[str]:
             moved = step.rule.step(**{**step.values, **step.rule.moved(last.values["t"], **step.values)})
             found.append(f"note: {step} after {last} keeps the same tokens as {moved} before it")
     if "prompts" in chain.needs:
-        cost = getattr(chain.views, "cost", "a row of the model more for each")
-        found.append(f"note: it reads other prompts at every step, {cost}")
+        from decal.samplers.views import price
+
+        found.append(f"note: every step reads more than its own row: {price(chain)}")
+    for step in chain.steps:
+        if step.rule.slow and "prompts" not in step.rule.needs and not step.is_off:
+            found.append(f"note: {step.rule.name} is slow: {step.rule.slow}")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -44,19 +45,39 @@ class Views(Protocol):
         """
 
 
-def kinds(chain: Chain) -> set[str]:
-    """Which `KINDS` a chain may read: the one that a parameter names, or both kinds of prompts."""
-    reading = [step for step in chain.steps if "prompts" in step.rule.needs]
-    named = [set(KINDS) & {value for value in step.values.values() if isinstance(value, str)} for step in reading]
-    return {kind for some in named for kind in some or {"others", "blank"}}
-
-
 class NoViews:
-    """One other prompt that says nothing, for declaring rules."""
+    """One other prompt that says nothing, for declaring rules. It remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
 
     def logits(self, kind: str, history: History) -> Tensor:
         """See `Views`."""
+        self.asked.add(kind)
         return torch.zeros(len(history), 1, 2)
+
+
+def kinds(chain: Chain) -> set[str]:
+    """Which `KINDS` a chain reads, found by running it."""
+    from decal.samplers.context import History
+
+    views, rows = NoViews(), chain.per_row or 1
+    for step in chain.steps:
+        if "prompts" in step.rule.needs and not step.is_off:
+            replace(chain, steps=(step,), views=views)(torch.zeros(rows, 2), history=History.of([[0]] * rows))
+    return views.asked
+
+
+def price(chain: Chain) -> str:
+    """What a chain reads at every step beside the row itself, in words."""
+    count, read = getattr(chain.views, "count", {}), kinds(chain)
+    said = {
+        "others": "a row of the model for each other way to ask",
+        "blank": "a row of the model for each blank prompt",
+        "smaller": "a row of the smaller model",
+    }
+    many = {kind: f" (at most {count[kind]})" if kind != "smaller" and kind in count else "" for kind in KINDS}
+    return ", ".join(said[kind] + many[kind] for kind in KINDS if kind in read)
 
 
 class Prompts:
@@ -115,12 +136,10 @@ class Prompts:
         self._readers = {kind: Reader(smaller if kind == "smaller" else model) for kind in KINDS}
 
     @property
-    def cost(self) -> str:
-        """What a step costs, in words."""
+    def count(self) -> dict[str, int]:
+        """Prompts that are read for a row at the most, by kind."""
         others = max(map(len, self.others.values()), default=0)
-        asked = f"at most {others} to ask the same and {len(self.blank)} blank: a row of the model more for each"
-        small = "a row of a smaller model"
-        return asked if self.smaller is None else f"{asked}; and {small}" if others or self.blank else small
+        return {"others": others, "blank": len(self.blank), "smaller": int(self.smaller is not None)}
 
     def logits(self, kind: str, history: History) -> Tensor:
         """See `Views`."""

@@ -267,6 +267,8 @@ def test_calibrate_from_end_to_end(run: Run, model, tmp_path) -> None:  # noqa: 
     assert result.code == 0, result.err
     content = json.loads(out.read_text())
     assert content["about"]["tasks"] == list("abcd")
+    assert len(set(content["about"]["task_digests"].values())) == 4  # they differ in shots
+    assert content["about"]["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert set(content["report"]["risk_fitted_on"]) | set(content["report"]["risk_controlled_on"]) == set("abcd")
     assert not set(content["report"]["risk_fitted_on"]) & set(content["report"]["risk_controlled_on"])
     found = calibrated.load(out)

@@ -85,8 +85,8 @@ def test_contrast_against_a_smaller_model_in_generate():
     made, small = model(), tiny.llama(len(TOKENIZER), seed=3, dtype=torch.float32)
     views = Prompts(made, TOKENIZER, PROMPTS, smaller=small)
     chain = (ensemble(0.4) | contrast(0.7, against="smaller")).for_prompts(views)
-    assert "a row of a smaller model" in "".join(notes(chain))
-    assert kinds(chain) == {"others", "blank", "smaller"}
+    assert "a row of the smaller model" in "".join(notes(chain))
+    assert kinds(chain) == {"others", "smaller"}
     assert kinds(contrast(0.7, against="smaller") | temperature(2)) == {"smaller"}
     for prompt, ways, generated, got in steps_of(made, chain):
         own, *others = (behind(made, TOKENIZER.encode(text) + generated) for text in (prompt, *ways))
@@ -100,8 +100,16 @@ def test_formulas_in_generate(form):
     made = model()
     views = Prompts(made, TOKENIZER, PROMPTS, blank=["Answer:"])
     chain = (ensemble(0.4, form=form) | contrast(0.3) | temperature(1.2)).for_prompts(views)
-    assert "at most 2 to ask the same and 1 blank" in "".join(notes(chain))
-    assert "a row of the model more" in "".join(notes(decal.parse("ensemble(0.5)")))
+    asked, asked_nothing = "a row of the model for each other way to ask", "a row of the model for each blank prompt"
+    assert f": {asked} (at most 2), {asked_nothing} (at most 1)" in "".join(notes(chain))
+    assert f": {asked} (at most 2)" == "".join(notes(ensemble(0.4, form=form).for_prompts(views)))[-len(asked) - 14 :]
+    for text, said in (
+        ("ensemble(0.5)", asked),
+        ("contrast(0.5) | ensemble(0.5)", f"{asked}, {asked_nothing}"),
+        ('contrast(0.5, against="smaller")', "a row of the smaller model"),
+        ('contrast(0, against="smaller") | ensemble(0.5)', asked),
+    ):
+        assert "".join(notes(decal.parse(text))).endswith(f"reads more than its own row: {said}")
     for prompt, ways, generated, got in steps_of(made, chain):
         own, *others, blank = (behind(made, TOKENIZER.encode(text) + generated) for text in (prompt, *ways, "Answer:"))
         other = np.mean(others, 0) if form == "mean" else np.min(others, 0)
