@@ -1,4 +1,4 @@
-"""What reading two further prompts costs in ``model.generate``: time of 32 tokens, as a ratio to plain sampling, interleaved.
+"""What the full method costs in ``model.generate``: time of 32 tokens, as a ratio to one prompt, interleaved.
 
 python benchmarks/calibration/cost.py --model smollm2
 """
@@ -35,8 +35,8 @@ def main(model: str, accept_licence: bool) -> None:
     network, tokenizer = loaded.model, loaded.tokenizer
     texts = [text for text, _ in task.load("weekdays", draws=3).prompts(tokenizer, 0)]
     views = decal.Prompts(network, tokenizer, {texts[0]: texts[1:]})
-    cut = decal.min_p(0.1) | decal.temperature(1.5)
-    reading = (decal.ensemble(0.67) | decal.min_p(0.1) | decal.temperature(1.5)).for_prompts(views)
+    cut = (decal.min_p(0.1) | decal.split_temperature(1.5, 0.5)).for_ends([tokenizer.eos_token_id])
+    reading = decal.ensemble(0.67).for_prompts(views) | cut
     for batch in (1, 8):
         inputs = tokenizer([texts[0]] * batch, return_tensors="pt")
         length = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "pad_token_id": tokenizer.eos_token_id}

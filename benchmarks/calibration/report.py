@@ -14,21 +14,15 @@ from pathlib import Path
 
 import click
 import numpy as np
-from run import BASELINES, ROW_ONLY, group_of
+import pandas as pd
+from run import BASELINES, FITS, MASK, READ, RISK, ROW_ONLY, group_of
 
 from decal.eval import calibrate
 from decal.eval.paths import atomic_write
 
 FLOORS = (0.5, 0.8, 0.9)
-FULL = "ensemble | min_p | split_temperature"
-READ = (
-    "ensemble | min_p",
-    "ensemble | top_p",
-    "ensemble | top_k",
-    "ensemble | top_n_sigma",
-    "ensemble | min_p | adapt",
-    "ensemble | min_p | split_temperature",
-)
+SPLIT, PROMPTS, FULL = "min_p | split_temperature", "ensemble | min_p", "ensemble | min_p | split_temperature"
+"""Families that are shown task by task."""
 LEAST_GAP = 0.02
 WORSE = 0.02
 RESAMPLES = 2000
@@ -40,7 +34,15 @@ EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 @dataclass(frozen=True)
 class Runs:
-    """What one model gave; S settings, T tasks, D prompts."""
+    """What one model gave; S settings, T tasks, D prompts, L levels of risk.
+
+    Attributes:
+        mask: (T, D) diversity of the validity mask at its best.
+        about: of each task the number of answers and of prefixes.
+        left_out: tasks that were too large.
+        risk: (L, T) mean validity over prompts by rule and number of the fit, of ever more careful chains; NaN where the fit
+            saw the task.
+    """
 
     name: str
     tasks: list[str]
@@ -49,33 +51,46 @@ class Runs:
     validity: np.ndarray
     diversity: np.ndarray
     mask: np.ndarray
-    about: dict[str, tuple[int, int, dict[str, float]]]
+    about: dict[str, tuple[int, int]]
+    left_out: list[str]
+    risk: dict[tuple[str, int], np.ndarray]
 
     @classmethod
     def read(cls, folder: Path) -> Runs:
         """From the files of a folder."""
-        files = sorted(folder.glob("*.npz"))
-        data = [dict(np.load(file)) for file in files]
-        # Families were added to files in any order.
-        places = [{pair: i for i, pair in enumerate(zip(one["family"], one["setting"], strict=True))} for one in data]
-        settings = [pair for pair in places[0] if not pair[0].startswith("oracle")]
-        for file, known in zip(files, places, strict=True):
-            own = sum(not family.startswith("oracle") for family, _ in known)
-            if own != len(settings) or not known.keys() >= set(settings):
-                raise click.ClickException(f"{file} has other settings than {files[0]}: finish run.py, with the same families")
-        rows = [[known[pair] for pair in settings] for known in places]
-        masks = [one["family"] == "oracle: validity mask" for one in data]
+        files = sorted(folder.glob("*.parquet"))
+        tasks = [file.stem for file in files]
+        every = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+        kinds = every["family"].str.partition(" ")[0]
+        risky, masks = kinds == "risk", every["family"] == MASK
+        wide = every[~risky & ~masks].pivot_table(
+            index=["family", "setting"], columns=["task", "prompt"], values=["validity", "diversity"], sort=False
+        )
+        gaps = wide.isna().any(axis=1)
+        if gaps.any():
+            lacking = wide.columns[wide[gaps].isna().any(axis=0)].get_level_values("task")[0]
+            raise click.ClickException(
+                f"{folder}: {lacking} lacks {wide.index[gaps][0][0]}: finish run.py, with the same families"
+            )
+
+        def table(value: str) -> np.ndarray:
+            return np.stack([wide[value][name].sort_index(axis=1).to_numpy() for name in tasks], 1).astype(np.float64)
+
+        best = every[masks].groupby(["task", "prompt"])["diversity"].max().unstack()
+        sizes = every.groupby("task")[["answers", "prefixes"]].first()
         return cls(
             folder.name,
-            [file.stem for file in files],
-            np.array([family for family, _ in settings]),
-            np.array([setting for _, setting in settings]),
-            np.stack([one["validity"][own] for one, own in zip(data, rows, strict=True)], 1),
-            np.stack([one["diversity"][own] for one, own in zip(data, rows, strict=True)], 1),
-            np.stack([one["diversity"][m].max(0) for one, m in zip(data, masks, strict=True)]),
+            tasks,
+            wide.index.get_level_values("family").to_numpy(),
+            wide.index.get_level_values("setting").to_numpy(),
+            table("validity"),
+            table("diversity"),
+            best.loc[tasks].to_numpy(dtype=np.float64),
+            {name: (int(sizes.loc[name, "answers"]), int(sizes.loc[name, "prefixes"])) for name in tasks},
+            json.loads((folder / "about.json").read_text())["left_out"],
             {
-                f.stem: (int(o["size"]), int(o["prefixes"]), json.loads(str(o["weights"])))
-                for f, o in zip(files, data, strict=True)
+                (rule, number): _levels(every[every["family"] == f"risk of {rule}, fit {number}"], tasks)
+                for rule, number in itertools.product(RISK, range(FITS if risky.any() else 0))
             },
         )
 
@@ -145,58 +160,66 @@ def contenders(runs: Runs) -> dict[str, np.ndarray]:
     return {name: settings for name, settings in found.items() if len(settings)}
 
 
-def floor_table(runs: Runs, floor: float) -> str:
-    """Everything at a floor."""
+def floor_table(runs: Runs, floor: float, *, siblings: bool = True) -> str:
+    """Everything at a floor, where settings come from all other tasks, or from those that are no siblings."""
+
+    def transferred(told: Told) -> np.ndarray:
+        return told.transferred if siblings else told.without_siblings
+
     base = Told.of(runs, floor, runs.of(*BASELINES))
+    ours = transferred(base)
     able = runs.scores(floor).max(0) > 0
-    zeros = [f"{(scores == 0).mean():.0%}" for scores in (base.transferred, base.best)]
-    rows = [["best baseline", mean(base.transferred), "", zeros[0], mean(base.best), zeros[1], "", "", "", ""]]
+    open_, both = (runs.mask - scores >= LEAST_GAP for scores in (ours, base.best))
+    zeros = [f"{(scores == 0).mean():.0%}" for scores in (ours, base.best)]
+    rows = [["best baseline", "1", mean(ours), "", zeros[0], "", "", "", mean(base.best), zeros[1], ""]]
     for name, settings in contenders(runs).items():
         one = Told.of(runs, floor, settings)
-        open_ = runs.mask - base.transferred >= LEAST_GAP
-        closed = (one.transferred - base.transferred) / np.where(open_, runs.mask - base.transferred, 1.0)
-        both = runs.mask - base.best >= LEAST_GAP
+        own = transferred(one)
+        closed = (own - ours) / np.where(open_, runs.mask - ours, 1.0)
         tuned = (one.best - base.best) / np.where(both, runs.mask - base.best, 1.0)
-        worse = (one.transferred < (1 - WORSE) * base.transferred).mean()
         rows.append(
             [
                 name,
-                mean(one.transferred),
-                mean(one.transferred - base.transferred),
-                f"{(one.transferred == 0).mean():.0%}",
-                mean(one.best),
-                f"{(one.best == 0).mean():.0%}",
+                str(max(map(rows_of, set(runs.family[settings])))),
+                mean(own),
+                mean(own - ours),
+                f"{(own == 0).mean():.0%}",
                 median(closed, open_),
                 median(closed, open_ & able),
+                f"{(own < (1 - WORSE) * ours).mean():.0%}",
+                mean(one.best),
+                f"{(one.best == 0).mean():.0%}",
                 median(tuned, both),
-                f"{worse:.0%}",
             ]
         )
     headings = [
         "",
+        "rows a token",
         "score, settings from other tasks",
         "gain",
         "of these 0",
-        "score, best on the prompt",
-        "of these 0",
         "gap closed, median",
         "where the floor can be reached",
-        "gap closed, both best on the prompt",
         "more than 2 % worse",
+        "score, best on the prompt",
+        "of these 0",
+        "gap closed, both best on the prompt",
     ]
-    return table(headings, rows)
+    kept = slice(None) if siblings else slice(8)  # the best on a prompt is the same
+    said = f"The mask is less than {LEAST_GAP:g} above the best baseline on {(~open_).sum()} of {open_.size} prompts"
+    said += f", and above its best on {(~both).sum()}; these have no gap to close." if siblings else "."
+    return f"{table(headings[kept], [row[kept] for row in rows])}\n\n{said}"
+
+
+def rows_of(family: str) -> int:
+    """Rows of the model that a chain reads for a token."""
+    return 1 + 2 * family.startswith("ensemble") + family.endswith("contrast")
 
 
 def shown(runs: Runs) -> dict[str, tuple[str, ...]]:
     """By name, the families that are shown task by task: those that were run."""
-    found = {"baseline": BASELINES, ROW_ONLY[-1]: ROW_ONLY[-1:], READ[0]: READ[:1], FULL: (FULL,)}
+    found = {"baseline": BASELINES, **{family: (family,) for family in (SPLIT, PROMPTS, FULL)}}
     return {name: families for name, families in found.items() if len(runs.of(*families))}
-
-
-def sibling_line(runs: Runs, floor: float) -> str:
-    """Scores when siblings are left out too."""
-    told = {name: Told.of(runs, floor, runs.of(*families)).without_siblings for name, families in shown(runs).items()}
-    return ", ".join(f"`{name}` {mean(scores)}" for name, scores in told.items())
 
 
 def task_table(runs: Runs, floor: float) -> str:
@@ -210,16 +233,21 @@ def task_table(runs: Runs, floor: float) -> str:
     return table(["task", "answers", *two, "mask"], rows)
 
 
+def _levels(found: pd.DataFrame, tasks: list[str]) -> np.ndarray:
+    """(L, T) mean validity over prompts, in the order of the file."""
+    means = found.groupby(["setting", "task"], sort=False)["validity"].mean().unstack()
+    return means.reindex(columns=tasks).to_numpy(dtype=np.float64)
+
+
 def risk_table(runs: Runs, seed: int = 0) -> str:
-    """Realised invalidity over random halves of the tasks."""
-    levels = [i for i in runs.of(ROW_ONLY[0]) if "temperature(1.0)" in runs.setting[i] or "temperature" not in runs.setting[i]]
-    order = sorted(levels, key=lambda i: runs.validity[i].mean())
-    loss = 1 - runs.validity[order].mean(-1).T
+    """Realised invalidity of new tasks, where risk was controlled on others, and the estimate fitted on others still."""
     rng = np.random.default_rng(seed)
     rows = []
-    for epsilon in EPSILONS:
+    for rule, epsilon in itertools.product(RISK, EPSILONS):
         given, every = [], []
-        for _ in range(SPLITS):
+        for split in range(SPLITS):
+            validity = runs.risk[rule, split % FITS]
+            loss = 1 - validity[:, ~np.isnan(validity).any(0)].T
             some = rng.permutation(len(loss))
             half = len(loss) // 2
             level = calibrate.conformal(loss[some[:half]], epsilon)
@@ -229,11 +257,12 @@ def risk_table(runs: Runs, seed: int = 0) -> str:
         among = f"{got.mean():.3f}" if len(got) else "–"
         error = 2 * whole.std() / np.sqrt(SPLITS)
         cells = [f"{SPLITS - len(got)}", f"{whole.mean():.3f} ± {error:.3f}", among, f"{(whole > epsilon).mean():.0%}"]
-        rows.append([f"{epsilon:g}", *cells])
+        rows.append([rule, f"{epsilon:g}", *cells])
     headings = [
+        "",
         "epsilon",
         f"refused, of {SPLITS}",
-        "mean invalidity on the other half, a refusal counting 0",
+        "mean invalidity on new tasks, a refusal counting 0",
         "where it wasn't refused",
         "splits with more than epsilon there",
     ]
@@ -248,7 +277,7 @@ def shots_table(few: Runs, many: Runs) -> str:
     for floor in FLOORS:
         best = [
             runs.scores(floor)[runs.of(*families)].max(0)[[runs.tasks.index(t) for t in tasks]]
-            for runs, families in ((few, both), (many, both), (few, READ[:1]))
+            for runs, families in ((few, both), (many, both), (few, (PROMPTS,)))
         ]
         rows.append([f"{floor:g}", *map(mean, best), mean(best[2] - best[1])])
     said = (
@@ -258,7 +287,7 @@ def shots_table(few: Runs, many: Runs) -> str:
         "floor",
         "baselines, 4 exemplars",
         "baselines, 12 exemplars",
-        f"{READ[0]}, three prompts of 4",
+        f"{PROMPTS}, three prompts of 4",
         "gain over the second",
     ]
     return said + table(headings, rows)
@@ -364,20 +393,18 @@ def main(
     parts = []
     for number, folder in enumerate(folders):
         runs = Runs.read(folder)
-        sizes = sum(prefixes for _, prefixes, _ in runs.about.values())
-        parts.append(f"## {runs.name}\n\n{len(runs.tasks)} tasks, {runs.validity.shape[2]} prompts each, {sizes} prefixes.")
+        sizes = sum(prefixes for _, prefixes in runs.about.values())
+        left = f" Left out, as too large: {', '.join(runs.left_out)}." if runs.left_out else ""
+        said = f"{len(runs.tasks)} tasks, {runs.validity.shape[2]} prompts each, {sizes} prefixes.{left}"
+        parts.append(f"## {runs.name}\n\n{said}")
         for floor in FLOORS:
             parts.append(f"### Validity at least {floor:g}\n\n{floor_table(runs, floor)}")
-            parts.append(f"With siblings of the task left out too, scores from other tasks: {sibling_line(runs, floor)}.")
+            parts.append(f"With siblings of the task left out too:\n\n{floor_table(runs, floor, siblings=False)}")
         parts.append(f"### By task, at validity 0.8\n\n{task_table(runs, 0.8)}")
         if drafts:
             parts.append(f"### With judged drafts of the prompt\n\n{drafts_section(runs, drafts[number])}")
-        if not len(runs.of(ROW_ONLY[0])):
-            continue
-        parts.append(f"### Controlled risk\n\n{risk_table(runs)}")
-        weights = [w for _, _, w in runs.about.values()]
-        spread = ", ".join(f"{k} {np.mean([w[k] for w in weights]):.2f}" for k in ("offset", "gap", "entropy"))
-        parts.append(f"Mean weights of the estimate: {spread}.")
+        if runs.risk:
+            parts.append(f"### Controlled risk\n\n{risk_table(runs)}")
     if shots is not None:
         parts.append(f"## More exemplars instead of more prompts\n\n{shots_table(Runs.read(folders[0]), Runs.read(shots))}")
     atomic_write(out / "calibration.md", intro.rstrip() + "\n\n" + "\n\n".join(parts) + "\n")
