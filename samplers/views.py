@@ -70,7 +70,7 @@ def kinds(chain: Chain) -> set[str]:
 
 def price(chain: Chain) -> str:
     """What a chain reads at every step beside the row itself, in words."""
-    count, read = getattr(chain.views, "count", {}), kinds(chain)
+    count, read = chain.views.count if isinstance(chain.views, Prompts) else {}, kinds(chain)
     said = {
         "others": "a row of the model for each other way to ask",
         "blank": "a row of the model for each blank prompt",

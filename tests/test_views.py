@@ -103,6 +103,7 @@ def test_formulas_in_generate(form):
     asked, asked_nothing = "a row of the model for each other way to ask", "a row of the model for each blank prompt"
     assert f": {asked} (at most 2), {asked_nothing} (at most 1)" in "".join(notes(chain))
     assert f": {asked} (at most 2)" == "".join(notes(ensemble(0.4, form=form).for_prompts(views)))[-len(asked) - 14 :]
+    assert notes(ensemble(0)) == []
     for text, said in (
         ("ensemble(0.5)", asked),
         ("contrast(0.5) | ensemble(0.5)", f"{asked}, {asked_nothing}"),

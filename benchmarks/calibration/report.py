@@ -236,7 +236,7 @@ def task_table(runs: Runs, floor: float) -> str:
 def _levels(found: pd.DataFrame, tasks: list[str]) -> np.ndarray:
     """(L, T) mean validity over prompts, in the order of the file."""
     means = found.groupby(["setting", "task"], sort=False)["validity"].mean().unstack()
-    return means.reindex(columns=tasks).to_numpy(dtype=np.float64)
+    return means.reindex(index=found["setting"].unique(), columns=tasks).to_numpy(dtype=np.float64)
 
 
 def risk_table(runs: Runs, seed: int = 0) -> str:

@@ -119,8 +119,8 @@ def flattened() -> Iterator[tuple[str, Chain]]:
         yield "min_validity | flatten", find("min_validity")(level) | find("flatten")(strength)
 
 
-def careful(samples: Samples) -> Iterator[tuple[int, list[str], list[Named]]]:
-    """Ever more careful chains of each of `RISK`, fitted on a half of the tasks; and the tasks of that half."""
+def careful(samples: Samples) -> Iterator[tuple[list[str], list[Named]]]:
+    """Halves of the tasks, and ever more careful chains of each of `RISK` as fitted on them."""
     for number in range(FITS):
         half = calibrate.folds(len(samples), 2, number)
         told = [name for name, fold in zip(samples, half, strict=True) if fold == 0]
@@ -131,7 +131,7 @@ def careful(samples: Samples) -> Iterator[tuple[int, list[str], list[Named]]]:
             for rule in RISK
             for value in values[rule]
         ]
-        yield number, told, chains
+        yield told, chains
 
 
 def affordable(evaluation: Evaluation, question: Question, most: int) -> bool:
@@ -165,19 +165,19 @@ def main(model: str, most_prefixes: int, shots: int | None, families: str | None
         (questions if affordable(plain, question, most_prefixes) else left).append(question)
     questions.sort(key=lambda question: question.valid.size)
     samples: Samples = {}
-    risk: list[tuple[int, list[str], list[Named]]] = []
+    risk: list[tuple[list[str], list[Named]]] = []
     if shots is None:
         for question in track(questions, "Samples"):
             here: list[calibrate.Sample] = []
             plain.run(question, lambda _, trie, rows, here=here: here.append(calibrate.Sample.of(trie, rows)))
             samples[question.task.name] = here
         risk = list(careful(samples))
-    about = {"left_out": [q.task.name for q in left], "fits": [told for _, told, _ in risk]}
+    about = {"left_out": [q.task.name for q in left], "fits": [told for told, _ in risk]}
     atomic_write(out / "about.json", json.dumps(about, indent=1))
     for question in track(questions, "Tasks"):
         name = question.task.name
         chosen = [*settings(without(samples, name), shots is None)]
-        chosen += [one for _, told, chains in risk if name not in told for one in chains]
+        chosen += [one for told, chains in risk if name not in told for one in chains]
         chosen = [s for s in chosen if families is None or s.family in families.split(",")]
         file = out / f"{name}.parquet"
         known = pd.read_parquet(file) if file.exists() else pd.DataFrame({"family": []})
