@@ -59,6 +59,8 @@ class Runs:
     def read(cls, folder: Path) -> Runs:
         """From the files of a folder."""
         files = sorted(folder.glob("*.parquet"))
+        if not files or not (folder / "about.json").exists():
+            raise click.ClickException(f"{folder} holds no results of run.py: about.json and a file for each task")
         tasks = [file.stem for file in files]
         every = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
         kinds = every["family"].str.partition(" ")[0]
