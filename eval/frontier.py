@@ -145,6 +145,7 @@ class Evaluation:
         cache: whether logits are kept on disk for the next run.
         report: told about progress.
         smaller: a smaller model with the same tokenizer, for ``contrast(against="smaller")``.
+        scales: factors of the logits at which oracles are tried, 0 for uniform; those that the settings end at unless given.
 
     Raises:
         DecalError: a setting reads a smaller model and there is none, or its tokens are others.
@@ -159,11 +160,12 @@ class Evaluation:
         cache: bool = True,
         report: Report = lambda what, done, total: None,
         smaller: LoadedModel | None = None,
+        scales: Sequence[float] | None = None,
     ):
         self.model, self.settings, self.seed, self.cache, self.report = model, list(settings), seed, cache, report
         self.chains = [s.chain for s in settings]
         self.groups = group(self.chains)
-        self.scales = _oracle_scales(self.chains)
+        self.scales = _oracle_scales(self.chains) if scales is None else list(scales)
         self.weights = Weights.of(model.model) if any("model" in c.needs for c in self.chains) else None
         self.smaller = smaller
         self.reads = {kind for chain in self.chains for kind in kinds(chain)}
@@ -280,7 +282,8 @@ class Evaluation:
         if not isinstance(stored, rows.StoredRows):
             return compute()
         names = [one.folder.name for several in others.values() for one in several if isinstance(one, rows.StoredRows)]
-        return results.load_or_compute(results.key(self.chains, rows=" ".join([stored.folder.name, *names])), compute)
+        name = results.key(self.chains, rows=" ".join([stored.folder.name, *names]), scales=self.scales)
+        return results.load_or_compute(name, compute)
 
     def _outcome(
         self,

@@ -47,6 +47,16 @@ def test_a_second_run_evaluates_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
 
 
+def test_oracles_at_other_scales_are_evaluated_anew() -> None:
+    first = evaluation("min_p(0.1)").run(question())
+    setting, more = evaluation("min_p(0.1)").settings, (2.0, 1.0, 0.0)
+    again = Evaluation(evaluation().model, setting, scales=more).run(question())
+    assert first.setting[-3:-1] == ["the valid tokens, temperature 1", "the valid tokens, uniform"]
+    assert again.setting[-4:-1] == [f"the valid tokens, {shape}" for shape in ("temperature 0.5", "temperature 1", "uniform")]
+    np.testing.assert_allclose(first.validity[-3:], again.validity[-3:])
+    assert not np.allclose(again.diversity[-4], again.diversity[-3])
+
+
 def test_whatever_differs_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {results.key([decal.parse(text)], rows="r") for text in ("min_p(0.1)", "min_p(0.2)", "top_p(0.1)")}
     names |= {results.key([decal.parse("min_p(0.1)")], rows="s"), results.key([], rows="r")}

@@ -13,6 +13,7 @@ import pytest
 from test_cli import Run, model, parts, run  # noqa: F401 (fixtures)
 
 from decal.eval import grid, tune, tune_report
+from decal.eval.frontier import Evaluation
 from decal.eval.tune import Held, Results
 from decal.samplers.rule import find
 
@@ -235,6 +236,27 @@ def test_tune_from_end_to_end(run: Run, model, tmp_path) -> None:  # noqa: F811
     again = run(*arguments, "--read-prompts")
     assert again.code == 0
     assert json.loads((out / "tuning.json").read_text())["best"] == best
+
+
+def test_tune_goes_on_where_it_was_interrupted(run: Run, model, tmp_path, monkeypatch) -> None:  # noqa: F811
+    started = []
+    whole = Evaluation._outcome
+
+    def outcome(*args):
+        started.append(1)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(Evaluation, "_outcome", outcome)
+    out = tmp_path / "out"
+    arguments = ["tune", "--model", model, "--task", "weekdays", "--draws", 3, "--budget", 4, "--out", out]
+    stopped = run(*arguments)
+    assert stopped.code == 130
+    assert "what was computed is kept" in stopped.err
+    assert not out.exists()
+    assert run(*arguments).code == 0
+    assert len(started) == 4  # two prompts, the one that was interrupted, and that one again
 
 
 def test_bad_requests_to_tune(run: Run, model, tmp_path) -> None:  # noqa: F811

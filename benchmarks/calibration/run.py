@@ -189,8 +189,7 @@ def main(model: str, most_prefixes: int, shots: int | None, families: str | None
 
 def measured(loaded: models.LoadedModel, question: Question, chosen: Sequence[Named]) -> pd.DataFrame:
     """A row for each setting and prompt, to six digits, and of the oracles for the validity mask."""
-    job = Evaluation(loaded, [Setting(s.family, s.chain) for s in chosen])
-    job.scales = SCALES
+    job = Evaluation(loaded, [Setting(s.family, s.chain) for s in chosen], scales=SCALES)
     result = job.run(question)
     names = [s.name for s in chosen] + list(result.setting[len(chosen) :])
     prompts = result.validity.shape[1]
