@@ -22,7 +22,24 @@ from decal.eval.paths import atomic_write
 
 FLOORS = (0.5, 0.8, 0.9)
 SPLIT, PROMPTS, FULL = "min_p | split_temperature", "ensemble | min_p", "ensemble | min_p | split_temperature"
-"""Families that are shown task by task."""
+ADAPT = "ensemble | min_p | adapt"
+BEST = "the best baseline"
+AGAINST = (
+    ("min_validity", BEST),
+    (SPLIT, BEST),
+    (SPLIT, "min_p"),
+    ("min_p | flatten", "min_p"),
+    ("min_p | target_entropy", "min_p"),
+    ("min_p | contrast", "min_p"),
+    ("ensemble | temperature", BEST),
+    (PROMPTS, BEST),
+    (ADAPT, PROMPTS),
+    (FULL, PROMPTS),
+    ("ensemble | min_p | flatten", PROMPTS),
+    ("ensemble | min_p | contrast", PROMPTS),
+    ("ensemble, least | min_p", PROMPTS),
+)
+"""Families that are compared one with another."""
 LEAST_GAP = 0.02
 WORSE = 0.02
 RESAMPLES = 2000
@@ -213,6 +230,47 @@ def floor_table(runs: Runs, floor: float, *, siblings: bool = True) -> str:
     return f"{table(headings[kept], [row[kept] for row in rows])}\n\n{said}"
 
 
+def headline(every: Sequence[Runs]) -> str:
+    """The targets, and what they are of, for each model and floor."""
+    rows = []
+    for runs, floor in itertools.product(every, FLOORS):
+        base, split, full = (Told.of(runs, floor, runs.of(*families)) for families in (BASELINES, (SPLIT,), (FULL,)))
+        open_, both = (runs.mask - scores >= LEAST_GAP for scores in (base.transferred, base.best))
+        row = [f"{runs.name}, {floor:g}", f"{base.transferred.mean():.3f}"]
+        for one in (split, full):
+            closed = (one.transferred - base.transferred) / np.where(open_, runs.mask - base.transferred, 1.0)
+            row += [mean(one.transferred - base.transferred), median(closed, open_)]
+            row += [f"{(one.transferred < (1 - WORSE) * base.transferred).mean():.0%}"]
+        row += [mean(full.without_siblings - base.without_siblings), mean(full.best - base.best)]
+        row += [median((full.best - base.best) / np.where(both, runs.mask - base.best, 1.0), both)]
+        rows.append(row)
+    three = ("gain", "gap closed, median", "more than 2 % worse")
+    headings = [
+        "model, floor",
+        "best baseline",
+        *(f"{name}: {what}" for name in ("row only", "full") for what in three),
+        "full: gain without siblings",
+        "full: gain, both best on the prompt",
+        "gap closed",
+    ]
+    return table(headings, rows)
+
+
+def against_table(runs: Runs) -> str:
+    """What one family gains over another."""
+
+    def told(family: str, floor: float) -> Told:
+        return Told.of(runs, floor, runs.of(*(BASELINES if family == BEST else (family,))))
+
+    rows = []
+    for ours, theirs in AGAINST:
+        pairs = [(told(ours, floor), told(theirs, floor)) for floor in FLOORS]
+        gains = [(a.transferred - b.transferred, a.best - b.best) for a, b in pairs]
+        rows.append([f"{ours}, over {theirs}", *(mean(gain) for how in zip(*gains, strict=True) for gain in how)])
+    how = ("settings from other tasks", "best on the prompt")
+    return table(["", *(f"{floor:g}, {which}" for which in how for floor in FLOORS)], rows)
+
+
 def rows_of(family: str) -> int:
     """Rows of the model that a chain reads for a token."""
     return 1 + 2 * family.startswith("ensemble") + family.endswith("contrast")
@@ -220,7 +278,7 @@ def rows_of(family: str) -> int:
 
 def shown(runs: Runs) -> dict[str, tuple[str, ...]]:
     """By name, the families that are shown task by task: those that were run."""
-    found = {"baseline": BASELINES, **{family: (family,) for family in (SPLIT, PROMPTS, FULL)}}
+    found = {"baseline": BASELINES, **{family: (family,) for family in (SPLIT, PROMPTS, ADAPT, FULL)}}
     return {name: families for name, families in found.items() if len(runs.of(*families))}
 
 
@@ -317,8 +375,9 @@ def drafts_section(runs: Runs, file: Path) -> str:
         base = Told.of(runs, floor, runs.of(*BASELINES)).transferred
         able = runs.scores(floor).max(0) > 0
         open_ = runs.mask - base >= LEAST_GAP
-        for family, floors in found["families"].items():
-            score = np.asarray(floors[f"{floor:g}"]["score"])
+        scores = {family: np.asarray(floors[f"{floor:g}"]["score"]) for family, floors in found["families"].items()}
+        same = max((scores[family][..., at] for family in scores if family in BASELINES), key=np.mean)
+        for family, score in scores.items():
             own = score[..., at]
             closed = (own - base[..., None]) / np.where(open_, runs.mask - base, 1.0)[..., None]
             flat = closed.reshape(len(base), -1)
@@ -330,6 +389,7 @@ def drafts_section(runs: Runs, file: Path) -> str:
                     *(f"{score[..., i].mean():.3f}" for i in range(len(budgets))),
                     mean((own - base[..., None]).mean(-1)),
                     mean((own - score[..., 0]).mean(-1)),
+                    "–" if family in BASELINES else mean((own - same).mean(-1)),
                     median(flat, every),
                     median(flat, can),
                     f"{(own < (1 - WORSE) * base[..., None]).mean():.0%}",
@@ -341,6 +401,7 @@ def drafts_section(runs: Runs, file: Path) -> str:
         *(f"{budget} drafts" for budget in budgets),
         f"gain of {DRAFTS} over the best baseline from other tasks",
         f"of {DRAFTS} over 0",
+        "over the best baseline with as many drafts",
         "gap closed, median",
         "where the floor can be reached",
         "more than 2 % worse",
@@ -375,6 +436,7 @@ def signals_table(files: Sequence[Path]) -> str:
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--shots", type=click.Path(path_type=Path, exists=True), help="Baselines on prompts with more exemplars.")
 @click.option("--examples", type=click.Path(path_type=Path, exists=True), help="What examples.py printed.")
+@click.option("--ends", type=click.Path(path_type=Path, exists=True), help="What ends.py printed.")
 @click.option("--signals", multiple=True, type=click.Path(path_type=Path, exists=True), help="What signals.py wrote.")
 @click.option("--drafts", multiple=True, type=click.Path(path_type=Path, exists=True), help="What drafts.py wrote, by model.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs"), show_default=True)
@@ -382,6 +444,7 @@ def main(
     folders: tuple[Path, ...],
     shots: Path | None,
     examples: Path | None,
+    ends: Path | None,
     signals: tuple[Path, ...],
     drafts: tuple[Path, ...],
     out: Path,
@@ -390,11 +453,17 @@ def main(
     if drafts and len(drafts) != len(folders):
         raise click.ClickException(f"give --drafts for each of {len(folders)} folders, in their order, got {len(drafts)}")
     intro = (Path(__file__).parent / "page.md").read_text()
-    intro = intro.replace("@EXAMPLES@", examples.read_text().rstrip() if examples else "Not made.")
-    intro = intro.replace("@SIGNALS@", signals_table(signals) if signals else "Not made.")
+    every = [Runs.read(folder) for folder in folders]
+    made = {
+        "HEADLINE": headline(every),
+        "EXAMPLES": examples and examples.read_text().rstrip(),
+        "ENDS": ends and ends.read_text().rstrip(),
+        "SIGNALS": signals and signals_table(signals),
+    }
+    for name, text in made.items():
+        intro = intro.replace(f"@{name}@", text or "Not made.")
     parts = []
-    for number, folder in enumerate(folders):
-        runs = Runs.read(folder)
+    for number, runs in enumerate(every):
         sizes = sum(prefixes for _, prefixes in runs.about.values())
         left = f" Left out, as too large: {', '.join(runs.left_out)}." if runs.left_out else ""
         said = f"{len(runs.tasks)} tasks, {runs.validity.shape[2]} prompts each, {sizes} prefixes.{left}"
@@ -402,13 +471,14 @@ def main(
         for floor in FLOORS:
             parts.append(f"### Validity at least {floor:g}\n\n{floor_table(runs, floor)}")
             parts.append(f"With siblings of the task left out too:\n\n{floor_table(runs, floor, siblings=False)}")
+        parts.append(f"### One family against another, at each floor\n\n{against_table(runs)}")
         parts.append(f"### By task, at validity 0.8\n\n{task_table(runs, 0.8)}")
         if drafts:
             parts.append(f"### With judged drafts of the prompt\n\n{drafts_section(runs, drafts[number])}")
         if runs.risk:
             parts.append(f"### Controlled risk\n\n{risk_table(runs)}")
     if shots is not None:
-        parts.append(f"## More exemplars instead of more prompts\n\n{shots_table(Runs.read(folders[0]), Runs.read(shots))}")
+        parts.append(f"## More exemplars instead of more prompts\n\n{shots_table(every[0], Runs.read(shots))}")
     atomic_write(out / "calibration.md", intro.rstrip() + "\n\n" + "\n\n".join(parts) + "\n")
 
 
