@@ -52,7 +52,8 @@ class FreeText:
             }
             for state, further in fsm.map.items()
         }
-        self._begun: dict[tuple[int, bytes], list[int]] = {}
+        self._begun: dict[int, dict[bytes, frozenset[int]]] = {}
+        self._others: dict[bytes, bool] = {}
         self.named = {symbol for group in symbols.values() for symbol in group if symbol is not anything_else}
 
     def character(self, place: Place, character: str) -> Place | None:
@@ -87,16 +88,28 @@ class FreeText:
         """Whether the text may end."""
         return self.whole(place) and self.low <= place.size and (self.high is None or place.size <= self.high)
 
-    def begun(self, state: int, written: bytes) -> list[int]:
+    def begun(self, state: int, written: bytes) -> frozenset[int]:
         """Where characters may lead to that begin with these bytes, the first of several."""
-        if (state, written) not in self._begun:
-            unnamed = any(chr(code) not in self.named for code in _beginning_with(written))
-            self._begun[state, written] = [
-                target
-                for character, target in self._targets.get(state, {}).items()
-                if (unnamed if character is None else character.encode().startswith(written))
-            ]
-        return self._begun[state, written]
+        if state not in self._begun:
+            self._begun[state] = self._by_beginning(state)
+        targets = self._begun[state].get(written, frozenset())
+        other = self._targets.get(state, {}).get(None)
+        return targets if other is None or not self._unnamed(written) else targets | {other}
+
+    def _by_beginning(self, state: int) -> dict[bytes, frozenset[int]]:
+        """Where the characters that the pattern names lead to, by their first bytes; at once, as they may be very many."""
+        found: dict[bytes, set[int]] = {}
+        for character, target in self._targets.get(state, {}).items():
+            whole = b"" if character is None else character.encode()
+            for size in range(1, len(whole)):
+                found.setdefault(whole[:size], set()).add(target)
+        return {written: frozenset(targets) for written, targets in found.items()}
+
+    def _unnamed(self, written: bytes) -> bool:
+        """Whether a character that the pattern doesn't name begins with these bytes."""
+        if written not in self._others:
+            self._others[written] = any(chr(code) not in self.named for code in _beginning_with(written))
+        return self._others[written]
 
     def edges(self, state: int) -> dict[str | None, int]:
         """Next states by character; None stands for all that the pattern doesn't name."""

@@ -5,9 +5,11 @@ Counting is dynamic programming over states, so a set far too large to list stil
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from decal.samplers.errors import DecalError
@@ -334,11 +336,8 @@ def bare(pattern: str) -> str:
 
 def automaton_of(pattern: str, source: str) -> Any:
     """The automaton of the texts that a regular expression matches in full. Raises DecalError if it can't be read."""
-    try:
-        import interegular
-    except ImportError:
-        raise DecalError("regular expressions need interegular: pip install interegular") from None
-
+    if importlib.util.find_spec("interegular") is None:
+        raise DecalError("regular expressions need interegular: pip install interegular")
     if not isinstance(pattern, str):
         raise DecalError(f"{source}: a regular expression is a text, got {pattern!r}")
     classes = re.findall(r"\[\^?\]?[^\]]*\]?", re.sub(r"\\.", "x", pattern, flags=re.DOTALL))
@@ -349,10 +348,18 @@ def automaton_of(pattern: str, source: str) -> Any:
         raise DecalError(f"{source}: {pattern!r} looks ahead or back, which is followed at its beginning only")
     try:
         re.compile(pattern)
-        return interegular.parse_pattern(pattern).to_fsm().reduce()
+        return _compiled(pattern)
     except Exception as error:  # the parser raises many types, none of them documented
         hint = "; it matches in full without ^ and $" if pattern.startswith("^") or pattern.endswith("$") else ""
         raise DecalError(f"{source}: can't read the regular expression {pattern!r} ({type(error).__name__}){hint}") from None
+
+
+@lru_cache(maxsize=4)
+def _compiled(pattern: str) -> Any:
+    """Kept, as a schema asks for the same few several times, and a large class of characters takes seconds."""
+    import interegular
+
+    return interegular.parse_pattern(pattern).to_fsm().reduce()
 
 
 def edges_of(automaton: Any, pattern: str, source: str) -> Callable[[int], dict[str, int]]:
