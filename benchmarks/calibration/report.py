@@ -240,7 +240,9 @@ def headline(every: Sequence[Runs]) -> str:
         for one in (split, full):
             closed = (one.transferred - base.transferred) / np.where(open_, runs.mask - base.transferred, 1.0)
             row += [mean(one.transferred - base.transferred), median(closed, open_)]
-            row += [f"{(one.transferred < (1 - WORSE) * base.transferred).mean():.0%}"]
+            worse = one.transferred < (1 - WORSE) * base.transferred
+            row += [f"{worse.mean():.0%} ({worse[(one.transferred > 0) | (base.transferred > 0)].mean():.0%})"]
+        row += [f"{(full.without_siblings < (1 - WORSE) * base.without_siblings).mean():.0%}"]
         row += [mean(full.without_siblings - base.without_siblings), mean(full.best - base.best)]
         row += [median((full.best - base.best) / np.where(both, runs.mask - base.best, 1.0), both)]
         rows.append(row)
@@ -249,6 +251,7 @@ def headline(every: Sequence[Runs]) -> str:
         "model, floor",
         "best baseline",
         *(f"{name}: {what}" for name in ("row only", "full") for what in three),
+        "full: worse, without siblings",
         "full: gain without siblings",
         "full: gain, both best on the prompt",
         "gap closed",
@@ -332,25 +335,33 @@ def risk_table(runs: Runs, seed: int = 0) -> str:
 def shots_table(few: Runs, many: Runs) -> str:
     """Baselines on prompts with more exemplars."""
     tasks = [t for t in few.tasks if t in many.tasks]
+    if tasks != few.tasks or tasks != many.tasks:
+        raise click.ClickException(f"{few.name} and {many.name} have other tasks")
     both = tuple(f for f in BASELINES if f in set(many.family))
     rows = []
     for floor in FLOORS:
-        best = [
-            runs.scores(floor)[runs.of(*families)].max(0)[[runs.tasks.index(t) for t in tasks]]
-            for runs, families in ((few, both), (many, both), (few, (PROMPTS,)))
+        told = [
+            Told.of(runs, floor, runs.of(*own)) for runs, own in ((few, both), (many, both), (few, (PROMPTS,)), (few, (FULL,)))
         ]
-        rows.append([f"{floor:g}", *map(mean, best), mean(best[2] - best[1])])
-    said = (
-        f"Best on the prompt, on {len(tasks)} tasks, baselines {', '.join(both)}; smaller sets give all of their answers.\n\n"
-    )
+        for how in ("transferred", "best"):
+            base, long, *reading = (getattr(one, how) for one in told)
+            gains = [mean(one - long) for one in (base, *reading)]
+            rows.append(
+                [
+                    f"{floor:g}, {'settings from other tasks' if how == 'transferred' else 'best on the prompt'}",
+                    mean(long),
+                    *gains,
+                ]
+            )
     headings = [
         "floor",
-        "baselines, 4 exemplars",
         "baselines, 12 exemplars",
-        f"{PROMPTS}, three prompts of 4",
-        "gain over the second",
+        "baselines with 4, over that",
+        f"{PROMPTS}, three prompts of 4, over that",
+        f"{FULL}, likewise",
     ]
-    return said + table(headings, rows)
+    said = f"On {len(tasks)} tasks with {few.name}, baselines {', '.join(both)}; smaller sets give all of their answers."
+    return f"{said}\n\n{table(headings, rows)}"
 
 
 def drafts_section(runs: Runs, file: Path) -> str:
