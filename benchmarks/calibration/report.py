@@ -234,7 +234,7 @@ def headline(every: Sequence[Runs]) -> str:
     """The targets, and what they are of, for each model and floor."""
     rows = []
     for runs, floor in itertools.product(every, FLOORS):
-        base, split, full = (Told.of(runs, floor, runs.of(*families)) for families in (BASELINES, (SPLIT,), (FULL,)))
+        base, split, full, any_ = (Told.of(runs, floor, runs.of(*own)) for own in (BASELINES, (SPLIT,), (FULL,), READ))
         open_, both = (runs.mask - scores >= LEAST_GAP for scores in (base.transferred, base.best))
         row = [f"{runs.name}, {floor:g}", f"{base.transferred.mean():.3f}"]
         for one in (split, full):
@@ -243,7 +243,11 @@ def headline(every: Sequence[Runs]) -> str:
             worse = one.transferred < (1 - WORSE) * base.transferred
             row += [f"{worse.mean():.0%} ({worse[(one.transferred > 0) | (base.transferred > 0)].mean():.0%})"]
         row += [f"{(full.without_siblings < (1 - WORSE) * base.without_siblings).mean():.0%}"]
-        row += [mean(full.without_siblings - base.without_siblings), mean(full.best - base.best)]
+        row += [
+            mean(any_.transferred - base.transferred),
+            mean(full.without_siblings - base.without_siblings),
+            mean(full.best - base.best),
+        ]
         row += [median((full.best - base.best) / np.where(both, runs.mask - base.best, 1.0), both)]
         rows.append(row)
     three = ("gain", "gap closed, median", "more than 2 % worse")
@@ -252,6 +256,7 @@ def headline(every: Sequence[Runs]) -> str:
         "best baseline",
         *(f"{name}: {what}" for name in ("row only", "full") for what in three),
         "full: worse, without siblings",
+        "any that reads prompts: gain",
         "full: gain without siblings",
         "full: gain, both best on the prompt",
         "gap closed",
